@@ -1,0 +1,1 @@
+"""From files to tensors: layouts, partitions, NIfTI, transforms, and the phantom simulator."""

@@ -1,0 +1,142 @@
+"""Draws training volumes from the public simulator: normalised phantoms with their label maps, and cheap augmentation.
+
+Everything is fixed by seeds, so that an interrupted run draws what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.transforms import NormalizeIntensity
+from monai.utils import convert_to_tensor
+from torch import Tensor
+
+from fediod_med.data.phantoms import (
+    NCR,
+    PUBLIC_PRIOR,
+    Anatomy,
+    Grid,
+    Profile,
+    grow,
+    load_anatomy,
+    render,
+    tumour_classes,
+)
+from fediod_med.errors import SettingsError
+
+TUMOUR_CENTRED = 0.5  # share of crops centred on a tumour voxel, where the crop is smaller than the volume
+
+
+@dataclass(frozen=True)
+class PublicBatch:
+    """Public volumes with their truth.
+
+    Attributes:
+        base: `(B, 4, D, H, W)` rendered phantoms, z-scored inside the brain, 0 outside.
+        tissues: `(B, D, H, W)` integers, indices of `phantoms.TISSUES`.
+        classes: `(B, D, H, W)` integers 0 to 3, the tumour classes of `tissues`.
+    """
+
+    base: Tensor
+    tissues: Tensor
+    classes: Tensor
+
+
+def training_grid(spacing: float) -> Grid:
+    """The phantom grid that holds the whole head at a working spacing (mm), every edge a multiple of 8 voxels."""
+    extent_mm = (192.0, 224.0, 192.0) if spacing < 4 else (192.0, 192.0, 192.0)
+    edges = [8 * int(np.ceil(mm / spacing / 8)) for mm in extent_mm]
+    return Grid((edges[0], edges[1], edges[2]), spacing)
+
+
+class PublicSampler:
+    """A pool of phantoms, and batches of crops from it.
+
+    Args:
+        spacing: working grid, mm.
+        roi: edge of a crop, voxels.
+        count: phantoms in the pool; their seeds are `seed * 100000 + i`.
+        seed: of the pool and of every draw.
+        profile: of the simulator.
+        anatomy: on the grid of the phantoms; `training_grid(spacing)` when omitted.
+        progress: called after each phantom with (done, count).
+
+    Raises:
+        SettingsError: no phantom or no crop.
+    """
+
+    def __init__(
+        self,
+        *,
+        spacing: float,
+        roi: int,
+        count: int,
+        seed: int,
+        profile: Profile = PUBLIC_PRIOR,
+        anatomy: Anatomy | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        if count < 1 or roi < 1:
+            raise SettingsError(f"sampler: expected at least one phantom and a crop edge above 0, found {count}, {roi}")
+        self._roi = roi
+        self._seed = seed
+        anatomy = load_anatomy(training_grid(spacing)) if anatomy is None else anatomy
+        normalise = NormalizeIntensity(nonzero=True, channel_wise=True)
+        self._images: list[Tensor] = []
+        self._tissues: list[Tensor] = []
+        for i in range(count):
+            tissue_map = grow(anatomy, seed * 100_000 + i, profile)
+            # A plain tensor: a MetaTensor would slow every later step and could not be read back from a checkpoint.
+            image = convert_to_tensor(normalise(render(tissue_map, seed * 100_000 + i, profile)), track_meta=False)
+            self._images.append(_pad(image.half(), roi))
+            self._tissues.append(_pad(torch.from_numpy(tissue_map.tissues.astype(np.uint8))[None], roi)[0])
+            if progress is not None:
+                progress(i + 1, count)
+
+    def __len__(self) -> int:
+        """Phantoms in the pool."""
+        return len(self._images)
+
+    def volumes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every phantom of the pool: image `(4, D, H, W)` float16 z-scored, classes `(D, H, W)` uint8."""
+        for image, tissues in zip(self._images, self._tissues, strict=True):
+            yield image, torch.from_numpy(tumour_classes(tissues.numpy()))
+
+    def draw(self, step: int, batch: int) -> PublicBatch:
+        """Batch number `step`: random phantoms, crops and flips; the same step always gives the same batch."""
+        rng = np.random.default_rng([self._seed, step])
+        bases, maps = zip(*(self._crop(rng) for _ in range(batch)), strict=True)
+        tissues = torch.stack(maps)
+        classes = torch.from_numpy(tumour_classes(tissues.numpy()))
+        return PublicBatch(torch.stack(bases).float(), tissues.long(), classes.long())
+
+    def batches(self, steps: int, batch: int) -> Iterator[PublicBatch]:
+        """Batches 1 to `steps`."""
+        return (self.draw(step, batch) for step in range(1, steps + 1))
+
+    def _crop(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        index = int(rng.integers(len(self._images)))
+        image, tissues = self._images[index], self._tissues[index]
+        limits = np.array(tissues.shape) - self._roi
+        start = rng.integers(0, limits + 1)
+        if limits.any() and rng.random() < TUMOUR_CENTRED:
+            tumour = np.argwhere(tissues.numpy() >= NCR)
+            if len(tumour):
+                centre = tumour[rng.integers(len(tumour))] - self._roi // 2
+                start = np.clip(centre, 0, limits)
+        window = tuple(slice(int(s), int(s) + self._roi) for s in start)
+        image, tissues = image[(slice(None), *window)], tissues[window]
+        axes = [axis for axis in range(3) if rng.random() < 0.5]
+        return image.flip([a + 1 for a in axes]), tissues.flip(axes)
+
+
+def _pad(volume: Tensor, roi: int) -> Tensor:
+    """Zero-pad `(S, D, H, W)` symmetrically to at least `roi` along each spatial axis."""
+    pads: list[int] = []
+    for edge in reversed(volume.shape[1:]):
+        missing = max(roi - edge, 0)
+        pads += [missing // 2, missing - missing // 2]
+    return torch.nn.functional.pad(volume, pads)

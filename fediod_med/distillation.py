@@ -1,0 +1,514 @@
+"""The method: a generator asks, the hospitals answer, a student learns (FedIOD, arXiv 2312.14478, made volumetric).
+
+`distill` reads like the algorithm and knows the hospitals only through `protocol.Federation`. Each round:
+
+1. x = G(z, m), m a label map from the public simulator (or x = G(z), or the phantom itself without a generator);
+2. the hospitals answer: class probabilities, realism, the discriminator's gradient;
+3. the ensemble q is merged and the generator's objective differentiated up to the teachers' logits;
+4. the hospitals pull those gradients back to x, and G takes one step;
+5. (x, q, m) enters the replay buffer, on which the student takes its steps; they cost no traffic.
+
+Every random draw is a function of (seed, round), so a resumed run equals an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fediod_med.checkpoints import load_state, save_state
+from fediod_med.data.sampler import PublicBatch, PublicSampler
+from fediod_med.data.transforms import flip_together, jitter
+from fediod_med.devices import autocast
+from fediod_med.ensemble import merge, site_shares
+from fediod_med.errors import ProtocolError, SettingsError
+from fediod_med.losses import (
+    class_balance,
+    mask_cross_entropy,
+    prediction_entropy,
+    released_divergence,
+    soft_dice,
+    teacher_divergence,
+    transfer_divergence,
+)
+from fediod_med.networks import Generator, one_hot
+from fediod_med.protocol import Federation, Query, Reply, Setting, SiteFailure
+
+logger = logging.getLogger(__name__)
+
+CLASSES = 4
+TISSUES = 7
+
+
+@dataclass(frozen=True)
+class GeneratorObjective:
+    """Weights of the terms the generator minimises; a weight of 0 switches a term off.
+
+    Attributes:
+        gan: realism, `sum_k pi_k adv(D_k(x))`.
+        clarity: `sum_k pi_k H(T_k(x))`.
+        unique: subtracted `JSD(T_1..T_K)`; negative makes teachers agree, as the published code does.
+        mask: `CE(q, m)`, conditional mode only.
+        balance: `sum_k pi_k KL(mean T_k(x) || uniform)`, the published stand-in for `mask`.
+        transfer: subtracted `KL(q || S(x))`: volumes on which the student still errs.
+        divergence: `jensen_shannon`, or `released` for the published formula.
+        realism_weights: whether the ensemble weighs hospitals by their discriminator's confidence.
+    """
+
+    gan: float = 1.0
+    clarity: float = 0.05
+    unique: float = 0.1
+    mask: float = 0.1
+    balance: float = 0.0
+    transfer: float = 0.2
+    divergence: str = "jensen_shannon"
+    realism_weights: bool = True
+
+
+PAPER_OBJECTIVE = GeneratorObjective(
+    gan=1.0, clarity=1.0, unique=1.0, mask=0.0, balance=10.0, transfer=1.0, divergence="jensen_shannon"
+)
+"""The terms and relative weights of the paper's default script, without a mask."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, how much and how fast.
+
+    Attributes:
+        rounds: exchanges with the hospitals.
+        batch: synthetic volumes a round.
+        student_steps: steps on the replay buffer a round.
+        student_batch: volumes a student step.
+        student_rate: peak learning rate of the student's AdamW, cosine to 0 over the run.
+        generator_rate: of the generator's Adam (betas .5, .999).
+        replay: pairs kept.
+        ema: decay of the averaged student and generator, per step.
+        phantom_share: share of rounds whose volumes are the phantoms themselves, not the generator's; spread evenly.
+        truth: weight of the label map m beside the ensemble in the student's target (0: ensemble alone).
+        checkpoint_every: rounds between checkpoints.
+    """
+
+    rounds: int = 120
+    batch: int = 2
+    student_steps: int = 4
+    student_batch: int = 2
+    student_rate: float = 1e-3
+    generator_rate: float = 1e-4
+    replay: int = 48
+    ema: float = 0.99
+    phantom_share: float = 0.5
+    truth: float = 0.5
+    checkpoint_every: int = 25
+
+
+@dataclass
+class DistillationState:
+    """Everything that changes during a run; saved and restored as one."""
+
+    student: nn.Module
+    student_average: AveragedModel
+    student_optimizer: torch.optim.Optimizer
+    generator: Generator | None
+    generator_average: AveragedModel | None
+    generator_optimizer: torch.optim.Optimizer | None
+    replay: deque[dict[str, Tensor]]
+    counts: Tensor | None = None
+    round: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only."""
+        state: dict[str, Any] = {
+            "student": self.student.state_dict(),
+            "student_average": self.student_average.state_dict(),
+            "student_optimizer": self.student_optimizer.state_dict(),
+            "replay": list(self.replay),
+            "counts": self.counts,
+            "round": self.round,
+            "history": self.history,
+        }
+        if self.generator is not None and self.generator_average is not None and self.generator_optimizer is not None:
+            state["generator"] = self.generator.state_dict()
+            state["generator_average"] = self.generator_average.state_dict()
+            state["generator_optimizer"] = self.generator_optimizer.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.student.load_state_dict(state["student"])
+        self.student_average.load_state_dict(state["student_average"])
+        self.student_optimizer.load_state_dict(state["student_optimizer"])
+        if self.generator is not None and self.generator_average is not None and self.generator_optimizer is not None:
+            self.generator.load_state_dict(state["generator"])
+            self.generator_average.load_state_dict(state["generator_average"])
+            self.generator_optimizer.load_state_dict(state["generator_optimizer"])
+        self.replay.clear()
+        self.replay.extend(state["replay"])
+        self.counts = state["counts"]
+        self.round = state["round"]
+        self.history = state["history"]
+
+
+def distill(
+    federation: Federation,
+    *,
+    student: nn.Module,
+    generator: Generator | None,
+    sampler: PublicSampler | None,
+    objective: GeneratorObjective,
+    schedule: Schedule,
+    size: int,
+    seed: int,
+    run_id: str,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    quorum: int | None = None,
+    timeout_s: float = 600.0,
+    on_round: Callable[[Mapping[str, float]], None] | None = None,
+) -> DistillationState:
+    """Train the student (and the generator) against the hospitals.
+
+    Args:
+        federation: the hospitals.
+        student: starts from the weights it comes with (the public prior, usually).
+        generator: `None` distils on the sampler's phantoms alone.
+        sampler: public label maps and phantoms; may be `None` only with an unconditional generator.
+        objective: terms of the generator.
+        schedule: rounds, steps and rates.
+        size: edge of a synthetic volume, voxels.
+        seed: of every draw at the centre.
+        run_id: letters, digits and dashes; the hospitals key their state by it.
+        device: where the centre computes.
+        checkpoint: file for resumable state; none is written when omitted.
+        resume: continue from `checkpoint` if it exists.
+        quorum: good replies a round needs; all hospitals when omitted. The class counts at the start need all.
+        timeout_s: per trip.
+        on_round: receives each round's record.
+
+    Returns:
+        The final state; `student_average.module` is the distilled student.
+
+    Raises:
+        SettingsError: generator, sampler, objective, schedule and quorum do not fit together.
+        ProtocolError: fewer good replies than the quorum.
+    """
+    _check(generator, sampler, objective, schedule)
+    everyone = len(federation.site_names)
+    needed = everyone if quorum is None else quorum
+    if not 1 <= needed <= everyone:
+        raise SettingsError(f"distillation: expected a quorum of 1 to {everyone} hospitals, found {needed}")
+    if generator is not None and generator.mode == "unconditional":
+        sampler = None  # its label maps would describe other volumes than the generated ones
+    state = _begin(student, generator, schedule, device)
+    if resume and checkpoint is not None and checkpoint.is_file():
+        state.load_state_dict(load_state(checkpoint))
+        logger.info("resumed after round %d", state.round)
+    hospitals = _Hospitals(federation, run_id=run_id, quorum=needed, timeout_s=timeout_s)
+    if state.counts is None:
+        described = _Hospitals(federation, run_id=run_id, quorum=everyone, timeout_s=timeout_s).ask("describe", 0, {})
+        state.counts = torch.stack([described[site]["class_counts"] for site in federation.site_names])
+
+    while state.round < schedule.rounds:
+        number = state.round + 1
+        random = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        public = None if sampler is None else sampler.draw(number, schedule.batch)
+        at_checkpoint = number % schedule.checkpoint_every == 0 or number == schedule.rounds
+
+        asking = None if _is_phantom_round(number, public, schedule.phantom_share) else state.generator
+        x = _synthesise(asking, public, schedule.batch, size, random, device)
+        answers = hospitals.ask(
+            "answer",
+            number,
+            {"x": x.detach()},
+            adversarial=generator is not None,
+            differentiate=asking is not None,
+            snapshot=at_checkpoint and checkpoint is not None,
+        )
+        probs, realism, counts = _stack(answers, federation.site_names, state.counts, device)
+        record: dict[str, float] = {"round": number, "sites": len(answers)}
+        if asking is None:
+            q = merge(probs, counts, realism=realism if objective.realism_weights else None)
+        else:
+            q, terms = _generator_step(state, hospitals, answers, x, probs, realism, counts, public, objective, number)
+            record |= terms
+        state.replay.append(_pair(x, q, public))
+        record |= _student_steps(state, schedule, number, random, device)
+        state.history.append(record)
+        state.round = number
+        if at_checkpoint and checkpoint is not None:
+            save_state(checkpoint, state.state_dict())
+        if on_round is not None:
+            on_round(record)
+    return state
+
+
+class _Hospitals:
+    """Asks the federation and keeps only good replies; a shortfall of the quorum is an error."""
+
+    def __init__(self, federation: Federation, *, run_id: str, quorum: int, timeout_s: float) -> None:
+        self._federation = federation
+        self._run_id = run_id
+        self._quorum = quorum
+        self._timeout_s = timeout_s
+
+    def ask(
+        self, kind: str, number: int, tensors: Mapping[str, Tensor], **settings: Setting
+    ) -> dict[str, Mapping[str, Tensor]]:
+        """The same query to every hospital."""
+        query = Query(kind, self._run_id, number, tensors, settings)
+        return self.ask_each(dict.fromkeys(self._federation.site_names, query))
+
+    def pull_back(self, number: int, gradients: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
+        """Each hospital's own logit gradient, back to x."""
+        return self.ask_each(
+            {
+                site: Query("pull_back", self._run_id, number, {"logit_gradient": gradient})
+                for site, gradient in gradients.items()
+            }
+        )
+
+    def ask_each(self, queries: Mapping[str, Query]) -> dict[str, Mapping[str, Tensor]]:
+        outcome = self._federation.ask(queries, quorum=self._quorum, timeout_s=self._timeout_s)
+        good = {
+            site: reply.tensors
+            for site, query in queries.items()
+            if isinstance(reply := outcome.get(site), Reply)
+            and (reply.kind, reply.site, reply.round) == (query.kind, site, query.round)
+        }
+        if len(good) < min(self._quorum, len(queries)):
+            reasons = {f.site: f.reason for f in outcome.values() if isinstance(f, SiteFailure)}
+            failures = [f"{site} ({reasons.get(site, 'no fitting reply')})" for site in queries if site not in good]
+            kind = next(iter(queries.values())).kind
+            raise ProtocolError(
+                f"{kind}: expected replies from {self._quorum} hospitals, found {len(good)}; failed: "
+                f"{', '.join(failures)}; see their logs and resume"
+            )
+        return good
+
+
+def _check(
+    generator: Generator | None, sampler: PublicSampler | None, objective: GeneratorObjective, schedule: Schedule
+) -> None:
+    if min(schedule.batch, schedule.replay, schedule.checkpoint_every) < 1:
+        raise SettingsError(f"distillation: expected batch, replay, checkpoint_every of 1 or more, found {schedule}")
+    conditional = generator is not None and generator.mode == "conditional"
+    if sampler is None and (generator is None or conditional):
+        raise SettingsError("distillation: without a public sampler the generator must be unconditional")
+    if generator is not None and not conditional and objective.mask:
+        raise SettingsError("distillation: an unconditional generator has no mask; set mask=0 and balance > 0")
+    if objective.divergence not in ("jensen_shannon", "released"):
+        raise SettingsError(
+            f"distillation: expected divergence jensen_shannon or released, found {objective.divergence!r}"
+        )
+
+
+def _is_phantom_round(number: int, public: PublicBatch | None, share: float) -> bool:
+    """Whether round `number` belongs to the evenly spread share of rounds without the generator."""
+    return public is not None and math.floor(number * share) > math.floor((number - 1) * share)
+
+
+def _begin(
+    student: nn.Module, generator: Generator | None, schedule: Schedule, device: torch.device
+) -> DistillationState:
+    student = student.to(device).train()
+    average = get_ema_multi_avg_fn(schedule.ema)
+    state = DistillationState(
+        student=student,
+        student_average=AveragedModel(student, multi_avg_fn=average),
+        student_optimizer=torch.optim.AdamW(student.parameters(), lr=schedule.student_rate, weight_decay=1e-4),
+        generator=None,
+        generator_average=None,
+        generator_optimizer=None,
+        replay=deque(maxlen=schedule.replay),
+    )
+    if generator is not None:
+        generator = generator.to(device).train()
+        state.generator = generator
+        state.generator_average = AveragedModel(generator, multi_avg_fn=average)
+        state.generator_optimizer = torch.optim.Adam(
+            generator.parameters(), lr=schedule.generator_rate, betas=(0.5, 0.999)
+        )
+    return state
+
+
+def _synthesise(
+    generator: nn.Module | None,
+    public: PublicBatch | None,
+    batch: int,
+    size: int,
+    random: torch.Generator,
+    device: torch.device,
+) -> Tensor:
+    """`x = G(z, m)`, `x = G(z)` or the phantom itself, `(B, 4, size, size, size)`."""
+    if generator is None:
+        assert public is not None  # checked at the start of `distill`
+        return public.base.to(device)
+    z = torch.randn((batch, int(getattr(generator, "latent"))), generator=random).to(device)  # noqa: B009
+    with autocast(device):
+        if getattr(generator, "mode") == "unconditional" or public is None:  # noqa: B009
+            x: Tensor = generator(z)
+        else:
+            texture = torch.randn((batch, 1, size, size, size), generator=random).to(device)
+            x = generator(z, one_hot(public.tissues, TISSUES).to(device), public.base.to(device), texture)
+    return x.float()
+
+
+def _stack(
+    answers: Mapping[str, Mapping[str, Tensor]], sites: tuple[str, ...], counts: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Probabilities `(K, B, C, D, H, W)` renormalised after fp16, realism `(K, B)` if any, counts `(K, C)`."""
+    present = [site for site in sites if site in answers]
+    probs = torch.stack([answers[site]["probs"] for site in present]).to(device)
+    probs = probs / probs.sum(dim=2, keepdim=True)
+    with_realism = all("realism" in answers[site] for site in present)
+    realism = torch.stack([answers[site]["realism"] for site in present]).to(device) if with_realism else None
+    return probs, realism, counts[[sites.index(site) for site in present]].to(device)
+
+
+def _generator_step(
+    state: DistillationState,
+    hospitals: _Hospitals,
+    answers: Mapping[str, Mapping[str, Tensor]],
+    x: Tensor,
+    probs: Tensor,
+    realism: Tensor | None,
+    counts: Tensor,
+    public: PublicBatch | None,
+    objective: GeneratorObjective,
+    number: int,
+) -> tuple[Tensor, dict[str, float]]:
+    """One step of G; returns the ensemble `(B, C, D, H, W)` and the value of each term."""
+    generator, optimizer, average = state.generator, state.generator_optimizer, state.generator_average
+    assert generator is not None and optimizer is not None and average is not None  # noqa: PT018
+    shares = site_shares(counts)
+    leaves = probs.requires_grad_(True)
+    leaf_x = x.detach().requires_grad_(True)
+    q = merge(leaves, counts, realism=realism if objective.realism_weights else None)
+
+    terms = {"clarity": (shares * torch.stack([prediction_entropy(p) for p in leaves])).sum()}
+    if objective.divergence == "released":
+        terms["unique"] = released_divergence(leaves)
+    else:
+        terms["unique"] = teacher_divergence(leaves, shares)
+    if objective.mask and public is not None:
+        terms["mask"] = mask_cross_entropy(q, public.classes.to(x.device))
+    if objective.balance:
+        uniform = torch.full((CLASSES,), 1 / CLASSES, device=x.device)
+        terms["balance"] = (shares * torch.stack([class_balance(p, uniform) for p in leaves])).sum()
+    if objective.transfer:
+        with autocast(x.device):
+            guess = state.student(leaf_x)
+        terms["transfer"] = transfer_divergence(q, guess)
+
+    loss = (
+        objective.clarity * terms["clarity"]
+        - objective.unique * terms["unique"]
+        + objective.mask * terms.get("mask", q.new_zeros(()))
+        + objective.balance * terms.get("balance", q.new_zeros(()))
+        - objective.transfer * terms.get("transfer", q.new_zeros(()))
+    )
+    probs_gradient, x_gradient = torch.autograd.grad(loss, [leaves, leaf_x], allow_unused=True)
+    total = torch.zeros_like(x) if x_gradient is None else x_gradient
+
+    present = list(answers)
+    logit_gradients = {
+        site: softmax_pull_back(p.detach(), g) for site, p, g in zip(present, probs, probs_gradient, strict=True)
+    }
+    for pulled in hospitals.pull_back(number, logit_gradients).values():
+        total = total + pulled["x_gradient"].to(x.device)
+    for site, share in zip(present, shares, strict=True):
+        total = total + objective.gan * share * answers[site]["x_gradient"].to(x.device)
+
+    optimizer.zero_grad(set_to_none=True)
+    x.backward(gradient=total)
+    nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
+    optimizer.step()
+    average.update_parameters(generator)
+    values = {name: float(term.detach()) for name, term in terms.items()}
+    if realism is not None:
+        values["realism"] = float(realism.mean())
+    return q.detach(), values
+
+
+def softmax_pull_back(probs: Tensor, gradient: Tensor) -> Tensor:
+    """`d loss / d logits` from `d loss / d probs`, softmax over dim 1: `p (g - sum_c p_c g_c)`; all `(B, C, ...)`."""
+    return probs * (gradient - (probs * gradient).sum(dim=1, keepdim=True))
+
+
+def _pair(x: Tensor, q: Tensor, public: PublicBatch | None) -> dict[str, Tensor]:
+    """What the replay buffer keeps of a round: fp16 on the CPU."""
+    pair = {"x": x.detach().half().cpu(), "q": q.detach().half().cpu()}
+    if public is not None:
+        pair["classes"] = public.classes.to(torch.uint8)
+    return pair
+
+
+def _student_steps(
+    state: DistillationState, schedule: Schedule, number: int, random: torch.Generator, device: torch.device
+) -> dict[str, float]:
+    """Steps on the replay buffer: `KL(q || S) + soft Dice(S, q)`, with the label map blended in by `truth`."""
+    losses: list[float] = []
+    volumes = [(i, j) for i, pair in enumerate(state.replay) for j in range(pair["x"].shape[0])]
+    for step in range(schedule.student_steps):
+        done = (number - 1) * schedule.student_steps + step
+        rate = _cosine(done, schedule.rounds * schedule.student_steps) * schedule.student_rate
+        for group in state.student_optimizer.param_groups:
+            group["lr"] = rate
+        chosen = torch.randint(len(volumes), (schedule.student_batch,), generator=random).tolist()
+        batch = [{name: t[j] for name, t in state.replay[i].items()} for i, j in (volumes[c] for c in chosen)]
+        x = torch.stack([b["x"] for b in batch]).float()
+        target = torch.stack([b["q"] for b in batch]).float()
+        if schedule.truth and "classes" in batch[0]:
+            truth = one_hot(torch.stack([b["classes"] for b in batch]), CLASSES)
+            target = (1 - schedule.truth) * target + schedule.truth * truth
+        x, target = flip_together([jitter(x, random), target], random)
+        x, target = x.to(device), target.to(device)
+        with autocast(device):
+            logits = state.student(x)
+        logits = logits.float()
+        loss = transfer_divergence(target, logits) + soft_dice(torch.softmax(logits, dim=1), target)
+        state.student_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(state.student.parameters(), 5.0)
+        state.student_optimizer.step()
+        state.student_average.update_parameters(state.student)
+        losses.append(float(loss.detach()))
+    return {"student": sum(losses) / len(losses)} if losses else {}
+
+
+def _cosine(step: int, steps: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
+
+
+def synthetic_volumes(
+    state: DistillationState,
+    *,
+    sampler: PublicSampler | None,
+    count: int,
+    size: int,
+    seed: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Volumes of the averaged generator with the class map that conditioned them, if any; one `(4, D, H, W)` a time."""
+    source = None if state.generator_average is None else state.generator_average.module
+    if source is not None:
+        source.eval()
+        if state.generator is not None and state.generator.mode == "unconditional":
+            sampler = None
+    for index in range(count):
+        random = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        public = None if sampler is None else sampler.draw(10_000_000 + index, 1)
+        with torch.no_grad():
+            x = _synthesise(source, public, 1, size, random, device)
+        yield x[0].cpu(), None if public is None else public.classes[0]

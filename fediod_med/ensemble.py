@@ -1,0 +1,76 @@
+"""One prediction from many teachers: weights per hospital, class, volume and voxel; merged probabilities.
+
+Probabilities are weighted, not logits: softmax ignores a constant added to one teacher's logits, per-class logit
+weights do not, so the published logit weighting depends on arbitrary offsets (FedIOD, arXiv 2312.14478).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fediod_med.losses import entropy_map
+
+REALISM_FLOOR = 0.05  # a saturated discriminator may not silence a hospital
+
+
+def class_ratio_weights(counts: Tensor) -> Tensor:
+    """`w_k^c = n_k^c / sum_j n_j^c`: each hospital's share of the patients that show class c.
+
+    Args:
+        counts: `(K, C)` patients with class c at hospital k, non-negative (noised counts are clamped at 0).
+
+    Returns:
+        `(K, C)`, columns sum to 1. A class that no hospital has seen is shared like the first class (all patients),
+        and equally where even that column is empty (noise may leave nothing).
+    """
+    counts = counts.clamp_min(0).float()
+    totals = counts.sum(dim=0)
+    known = totals > 1e-6
+    shares = counts / totals.clamp_min(1e-6)
+    patients = shares[:, :1] if known[0] else torch.full_like(shares[:, :1], 1 / len(shares))
+    return torch.where(known, shares, patients.expand_as(shares))
+
+
+def site_shares(counts: Tensor) -> Tensor:
+    """`pi_k = n_k / sum_j n_j`, `(K,)`, from the first (background) column of `(K, C)` counts: every patient has it."""
+    return class_ratio_weights(counts)[:, 0]
+
+
+def realism_confidence(realism: Tensor) -> Tensor:
+    """`sigmoid(D_k(x_b))`, floored: how much hospital k trusts itself on volume b. `(K, B)` mean logits to `(K, B)`."""
+    return torch.sigmoid(realism).clamp_min(REALISM_FLOOR)
+
+
+def entropy_confidence(probs: Tensor, temperature: float) -> Tensor:
+    """`exp(-H_k(v) / tau)` per voxel, `(K, B, C, ...)` to `(K, B, 1, ...)`; H in nats.
+
+    Given relative to the surest hospital of each voxel (weight 1): the factor cancels in `merge`, and a small tau does
+    not underflow for all hospitals at once.
+    """
+    entropies = torch.stack([entropy_map(p) for p in probs])
+    return torch.exp((entropies.amin(dim=0) - entropies) / temperature).unsqueeze(2)
+
+
+def merge(
+    probs: Tensor, counts: Tensor, *, realism: Tensor | None = None, entropy_temperature: float | None = None
+) -> Tensor:
+    """Ensemble `q^c ∝ sum_k w_k^c [sigmoid(D_k)] [exp(-H_k / tau)] p_k^c`, renormalised over classes.
+
+    Args:
+        probs: `(K, B, C, ...)`.
+        counts: `(K, C)`, see `class_ratio_weights`.
+        realism: `(K, B)` mean patch logits; omitted: no discriminator confidence.
+        entropy_temperature: tau in nats; omitted: no voxel confidence.
+
+    Returns:
+        `(B, C, ...)`, summing to 1 over classes.
+    """
+    spatial = [1] * (probs.dim() - 3)
+    weights = class_ratio_weights(counts).to(probs).view(probs.shape[0], 1, probs.shape[2], *spatial)
+    if realism is not None:
+        weights = weights * realism_confidence(realism).to(probs).view(*probs.shape[:2], 1, *spatial)
+    if entropy_temperature is not None:
+        weights = weights * entropy_confidence(probs, entropy_temperature)
+    mixed = (weights / weights.sum(dim=0, keepdim=True) * probs).sum(dim=0)
+    return mixed / mixed.sum(dim=1, keepdim=True).clamp_min(1e-12)

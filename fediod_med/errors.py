@@ -1,0 +1,45 @@
+"""The errors a user can meet.
+
+```
+FediodError
+├── InputError        a scan, label map or folder is not what it should be
+│   ├── GeometryError shapes, affines or spacings contradict each other
+│   └── LabelError    a label map holds a value its scheme does not know
+├── SettingsError     a site file, option or combination of options is wrong
+├── WeightsError      weights lack provenance or do not fit the network
+└── ProtocolError     a message between centre and hospital is malformed
+```
+
+Each message says what was expected, what was found, where, and what to do. The library raises; the command line
+prints the message on one line and exits with code 2.
+"""
+
+from __future__ import annotations
+
+
+class FediodError(Exception):
+    """Base of every error that a user can act on."""
+
+
+class InputError(FediodError):
+    """A scan, label map, table or folder is not what it should be."""
+
+
+class GeometryError(InputError):
+    """Shapes, affines or spacings contradict each other."""
+
+
+class LabelError(InputError):
+    """A label map holds a value that its declared scheme does not know."""
+
+
+class SettingsError(FediodError):
+    """A site file, an option or a combination of options is wrong."""
+
+
+class WeightsError(FediodError):
+    """Weights lack provenance, or do not fit the network they are loaded into."""
+
+
+class ProtocolError(FediodError):
+    """A message between the centre and a hospital is malformed."""

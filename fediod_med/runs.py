@@ -1,0 +1,642 @@
+"""Whole runs and their folders: teachers, distillation, every row of the comparison, bundle and figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fediod_med import reporting
+from fediod_med.baselines import (
+    ensemble_predictor,
+    network_predictor,
+    prepare,
+    presence_counts,
+    weights_path,
+)
+from fediod_med.checkpoints import (
+    Provenance,
+    current_commit,
+    load_segmenter,
+    save_weights,
+    write_atomically,
+)
+from fediod_med.data.layouts import Subject, find_cases
+from fediod_med.data.nifti import read_label, read_subject, write_volumes
+from fediod_med.data.phantoms import Grid, Profile, hospital_profiles, write_cohort
+from fediod_med.data.sampler import PublicSampler
+from fediod_med.data.transforms import preprocessing
+from fediod_med.devices import pick_device
+from fediod_med.distillation import (
+    PAPER_OBJECTIVE,
+    DistillationState,
+    GeneratorObjective,
+    Schedule,
+    distill,
+    synthetic_volumes,
+)
+from fediod_med.errors import SettingsError
+from fediod_med.evaluation import SubjectScore, evaluate_predictor, paired_difference, summarise, write_scores
+from fediod_med.export import bundle_weights, write_central_bundle
+from fediod_med.federation.embedded import EmbeddedFederation
+from fediod_med.federation.node import SiteNode
+from fediod_med.inference import privacy_banner, segment_subject, write_case
+from fediod_med.labels import LabelScheme, get_scheme
+from fediod_med.networks import Generator, build_segmenter
+from fediod_med.prior import train_prior
+from fediod_med.resources import NOT_FOR_CLINICAL_USE, public_prior
+from fediod_med.sites import Site, check_disjoint, load_sites
+from fediod_med.teacher import WEIGHTS, labelled, train_teacher, warm_start
+
+logger = logging.getLogger(__name__)
+
+NOT_PRIVATE = "NOT PRIVATE"
+STUDENT: Mapping[str, Any] = {"backbone": "unet", "width": 16, "depth": 4, "in_channels": 4, "out_channels": 4}
+MODES = ("conditional", "unconditional")
+SYNTHETIC_VOLUMES = 4
+
+Progress = Callable[[str, int, int, str], None]
+"""Called with (stage, done, total, detail)."""
+
+
+def silent(stage: str, done: int, total: int, detail: str) -> None:
+    """A `Progress` that shows nothing."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left.
+
+    Attributes:
+        out: the run folder.
+        summary: the content of `summary.json`.
+        bundle: the central bundle.
+    """
+
+    out: Path
+    summary: Mapping[str, Any]
+    bundle: Path
+
+
+@dataclass(frozen=True)
+class _Hospital:
+    """One site with what its node needs, all of it on the site's own machine in a real federation."""
+
+    site: Site
+    teacher: nn.Module
+    counts: Tensor
+    volumes: tuple[Tensor, ...]
+
+
+def run_distillation(
+    sites: Sequence[Site],
+    *,
+    out: Path,
+    seed: int = 0,
+    device: str = "auto",
+    schedule: Schedule | None = None,
+    mode: str = "conditional",
+    objective: GeneratorObjective | None = None,
+    pool: int = 160,
+    teachers: Path | None = None,
+    compare: bool = True,
+    resume: bool = False,
+    data_name: str = "patients",
+    progress: Progress = silent,
+) -> RunResult:
+    """Distil one student from several hospitals in one process, and write the run folder.
+
+    Args:
+        sites: hospitals; spacing and roi must agree, patients must not overlap.
+        out: run folder; must be new or empty unless resuming.
+        seed: of everything.
+        device: see `devices.pick_device`.
+        schedule: rounds, steps and rates.
+        mode: of the generator, `conditional` (ours) or `unconditional` (the paper's).
+        objective: terms of the generator; the mode's default when omitted.
+        pool: phantoms the centre draws from.
+        teachers: folder with trained teachers (`<site>/model.safetensors`); trained in the run when omitted.
+        compare: also train the rows that only a comparison needs (`kd_phantoms`, `pooled`).
+        resume: continue an interrupted run of the same folder.
+        data_name: `patients` or `phantoms`; printed beside every score.
+        progress: see `Progress`.
+
+    Raises:
+        SettingsError: hospitals or options do not fit together, or the folder is in use.
+        InputError: data are not what the site files say.
+    """
+    if mode not in MODES:
+        raise SettingsError(f"mode: expected {' or '.join(MODES)}, found {mode!r}")
+    spacing, roi = _common(sites, "spacing"), int(_common(sites, "roi"))
+    check_disjoint(sites)
+    run_id = _claim(out, resume)
+    compute_on = pick_device(device)
+    schedule = Schedule() if schedule is None else schedule
+    if objective is None:
+        objective = GeneratorObjective() if mode == "conditional" else PAPER_OBJECTIVE
+    clock = _Clock()
+
+    with clock("phantoms"):
+        sampler = PublicSampler(
+            spacing=spacing,
+            roi=roi,
+            count=pool,
+            seed=1000 + seed,
+            progress=partial(_report, progress, "public phantoms"),
+        )
+    with clock("teachers"):
+        hospitals = [
+            _open_hospital(
+                site, out=out, seed=seed, device=device, teachers=teachers, sampler=sampler, progress=progress
+            )
+            for site in sites
+        ]
+    counts = torch.stack([hospital.counts for hospital in hospitals])
+
+    def student_with(generator: Generator | None, name: str) -> tuple[DistillationState, EmbeddedFederation]:
+        federation = _federation(hospitals, out=out, seed=seed, device=compute_on)
+        torch.manual_seed(seed)
+        student = warm_start(build_segmenter(**STUDENT), init="auto", spec=STUDENT)
+        state = distill(
+            federation,
+            student=student,
+            generator=generator,
+            sampler=sampler if generator is None or generator.mode == "conditional" else None,
+            objective=objective,
+            schedule=schedule,
+            size=roi,
+            seed=seed,
+            run_id=f"{run_id}-{name}",
+            device=compute_on,
+            checkpoint=out / "checkpoints" / f"{name}.pt",
+            resume=resume,
+            on_round=lambda r: progress(f"distil {name}", int(r["round"]), schedule.rounds, _losses(r)),
+        )
+        return state, federation
+
+    torch.manual_seed(seed)
+    with clock("distillation"):
+        state, federation = student_with(Generator(mode, size=roi), "student")
+    student_provenance = _provenance("student", sites, spacing, roi, seed, schedule, data_name)
+    student_weights = out / "student.safetensors"
+    save_weights(student_weights, state.student_average.module.state_dict(), student_provenance)
+
+    scans_of = [(h.site, subject) for h in hospitals for subject in h.site.subjects()[1]]
+    with clock("reading held-out scans"):
+        scans = prepare([subject for _, subject in scans_of], spacing=spacing)
+    cases = [(site.site_name, subject, get_scheme(site.label_scheme)) for site, subject in scans_of]
+    predictors = {
+        f"site:{h.site.site_name}": network_predictor(h.teacher, scans, roi=roi, device=compute_on) for h in hospitals
+    }
+    predictors["ensemble"] = ensemble_predictor(
+        [h.teacher for h in hospitals], counts, scans, roi=roi, device=compute_on
+    )
+    prior, _ = load_segmenter(public_prior(), compute_on)
+    predictors["prior"] = network_predictor(prior, scans, roi=roi, device=compute_on)
+    if compare:
+        with clock("kd_phantoms"):
+            phantom_state, _ = student_with(None, "kd-phantoms")
+        predictors["kd_phantoms"] = network_predictor(
+            phantom_state.student_average.module, scans, roi=roi, device=compute_on
+        )
+    predictors["student"] = network_predictor(state.student_average.module, scans, roi=roi, device=compute_on)
+    if compare:
+        with clock("pooled"):
+            pooled = _pooled(sites, out=out, seed=seed, device=device, sampler=sampler, progress=progress)
+        predictors["pooled"] = network_predictor(pooled, scans, roi=roi, device=compute_on)
+
+    scores: dict[str, list[SubjectScore]] = {}
+    with clock("evaluation"):
+        for done, (key, predict) in enumerate(predictors.items()):
+            progress("evaluate", done, len(predictors), key)
+            scores[key] = evaluate_predictor(predict, cases)
+        progress("evaluate", len(predictors), len(predictors), "")
+    summary = _summary(scores, sites, data_name, seed, schedule, objective, mode, federation, clock.seconds)
+    bundle = write_central_bundle(
+        out / "bundle",
+        state.student_average.module.state_dict(),
+        student_provenance,
+        summary=summary["rows"]["student"],
+        evaluated_on=f"held-out {data_name} of the hospitals",
+    )
+    for key, rows in scores.items():
+        write_scores(out / "scores" / f"{key.replace(':', '-')}.csv", rows, privacy=summary["privacy"], seed=seed)
+    reporting.write_json(out / "history.json", {"notice": NOT_FOR_CLINICAL_USE, "rounds": state.history})
+    synthetic = _write_synthetic(state, sampler if mode == "conditional" else None, out, roi, seed, compute_on, spacing)
+    reporting.write_figures(
+        out / "figures",
+        summary=summary,
+        history=state.history,
+        panel=_panel(cases[0], predictors, synthetic, spacing),
+        banner=f"{NOT_PRIVATE}. {data_name}. {NOT_FOR_CLINICAL_USE}",
+    )
+    reporting.write_json(out / "summary.json", summary)
+    reporting.write_json(
+        out / "run.json",
+        reporting.run_record(
+            command="distill",
+            device=str(compute_on),
+            commit=current_commit(),
+            options={
+                "seed": seed,
+                "mode": mode,
+                "pool": pool,
+                "schedule": dataclasses.asdict(schedule),
+                "objective": dataclasses.asdict(objective),
+                "sites": {site.site_name: _plain(site) for site in sites},
+            },
+            privacy={site.site_name: site.privacy_mode for site in sites},
+            seeds={"run": seed},
+            seconds=clock.seconds,
+            inputs=[path for _, subject in scans_of for path in dict.fromkeys(subject.images.values())],
+            cases={subject.subject_id: {"site": site.site_name, "status": "scored"} for site, subject in scans_of},
+        ),
+    )
+    return RunResult(out, summary, bundle)
+
+
+def run_demo(
+    *, out: Path, seed: int = 0, device: str = "auto", resume: bool = False, progress: Progress = silent
+) -> RunResult:
+    """Three unlike phantom hospitals, from nothing to a segmented unseen scan; scores are phantom scores."""
+    if not (out / "sites").is_dir():
+        if out.is_dir() and any(out.iterdir()):
+            raise SettingsError(f"{out}: expected a new or empty folder; choose another --out")
+        write_phantom_sites(out, seed=seed, progress=progress)
+    sites = load_sites(out / "sites")
+    result = run_distillation(
+        sites,
+        out=out,
+        seed=seed,
+        device=device,
+        schedule=Schedule(rounds=60, student_steps=4, checkpoint_every=20),
+        pool=60,
+        resume=resume,
+        data_name="phantoms",
+        progress=progress,
+    )
+    network, provenance = load_segmenter(result.bundle / "models" / "model.safetensors")
+    progress("segment an unseen scan", 0, 1, "")
+    for subject in find_cases(out / "unseen"):
+        done = segment_subject(subject, network, provenance, device=pick_device(device))
+        paths = write_case(done, out / "segmented", scheme=get_scheme("brats2023"), provenance=provenance)
+        reporting.preview(
+            paths["segmentation"].with_name(f"{done.subject_id}_preview.png"), done, banner=privacy_banner(provenance)
+        )
+    progress("segment an unseen scan", 1, 1, "")
+    return result
+
+
+DEMO_HOSPITALS = (("academic-3t", "unet", 16), ("community-1t", "unet", 16), ("thick-slices", "segresnet", 8))
+
+
+def write_phantom_sites(out: Path, *, seed: int, cases: int = 12, progress: Progress = silent) -> None:
+    """Write three phantom hospitals (scans and site files) and one unseen scan of a fourth below `out`."""
+    profiles = {profile.name: profile for profile in hospital_profiles()}
+    grid = Grid((48, 48, 48), 4.0)
+    for number, (name, backbone, width) in enumerate(DEMO_HOSPITALS):
+        progress("phantom hospitals", number, len(DEMO_HOSPITALS), name)
+        prefix = name.replace("-", "").upper()
+        write_cohort(
+            out / "hospitals" / name,
+            count=cases,
+            seed=seed * 100 + number,
+            grid=grid,
+            profile=profiles[name],
+            prefix=prefix,
+        )
+        text = (
+            f"# A phantom hospital: no patient.\nsite_name: {name}\nlayout: brats2018\nlabel_scheme: brats2018\n"
+            f"dataset_dir: ../../hospitals/{name}\nsubject_pattern: Brats18_{prefix}_\nfolds: 4\nfold: 0\n"
+            f"spacing: 4.0\nroi: 48\nbackbone: {backbone}\nwidth: {width}\nepochs: 6\nprivacy_mode: none\n"
+        )
+        path = out / "sites" / name / "site.yaml"
+        _write_text(path, text)
+    unseen: Profile = profiles["inverted-contrast"]
+    write_cohort(
+        out / "unseen", count=1, seed=seed * 100 + 99, grid=grid, profile=unseen, prefix="UNSEEN", layout="brats2023"
+    )
+    progress("phantom hospitals", len(DEMO_HOSPITALS), len(DEMO_HOSPITALS), "")
+
+
+def run_prior(
+    *,
+    out: Path,
+    steps: int,
+    pool: int,
+    seed: int,
+    device: str = "auto",
+    grids: Sequence[tuple[float, int]] = ((4.0, 48), (2.0, 64)),
+    progress: Progress = silent,
+) -> Path:
+    """Train the public prior on phantoms only and write its weights (fp16) to `out`.
+
+    Args:
+        out: `.safetensors` file.
+        steps: optimiser steps, shared by the grids in turn.
+        pool: phantoms per grid.
+        seed: of everything.
+        device: see `devices.pick_device`.
+        grids: (spacing mm, crop voxels) pairs that one network learns.
+        progress: see `Progress`.
+    """
+    samplers = [
+        PublicSampler(
+            spacing=spacing,
+            roi=roi,
+            count=pool,
+            seed=seed,
+            progress=partial(_report, progress, f"phantoms at {spacing:g} mm"),
+        )
+        for spacing, roi in grids
+    ]
+    torch.manual_seed(seed)
+    network = train_prior(
+        build_segmenter(**STUDENT),
+        samplers,
+        steps=steps,
+        batch=2,
+        learning_rate=2e-3,
+        seed=seed,
+        device=pick_device(device),
+        on_step=lambda step, loss: progress("train the public prior", step, steps, f"loss {loss:.3f}"),
+    )
+    provenance = Provenance(
+        kind="public prior",
+        network=STUDENT,
+        spacing=grids[-1][0],
+        label_scheme="brats2018",
+        sites=(),
+        privacy={},
+        trained_on="no patient (public phantoms only); for trying the tool",
+        seed=seed,
+        settings={"roi": grids[-1][1], "steps": steps, "pool": pool, "grids": [list(g) for g in grids]},
+        commit=current_commit(),
+    )
+    halved = {name: tensor.half() for name, tensor in network.state_dict().items()}
+    save_weights(out, halved, provenance)
+    return out
+
+
+def _report(progress: Progress, stage: str, done: int, total: int) -> None:
+    progress(stage, done, total, "")
+
+
+def find_weights(model: Path | None) -> Path:
+    """The weights a `--model` names: a run folder, a bundle, a weights file, or nothing for the public prior."""
+    if model is None:
+        return public_prior()
+    if model.is_file():
+        return model
+    for root in (model / "bundle", model):
+        if (root / "configs" / "inference.yaml").is_file():
+            return bundle_weights(root)
+    if (model / WEIGHTS).is_file():
+        return model / WEIGHTS
+    raise SettingsError(f"--model {model}: expected a run folder, a bundle or a .safetensors file, found none of them")
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Any:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(self.seconds.get(stage, 0) + time.perf_counter() - began, 2)
+
+
+def _common(sites: Sequence[Site], key: str) -> float:
+    values = {site.site_name: float(getattr(site, key)) for site in sites}
+    if len(set(values.values())) > 1:
+        raise SettingsError(f"{key}: expected one value for all hospitals of a run, found {values}; use --{key}")
+    return next(iter(values.values()))
+
+
+def _claim(out: Path, resume: bool) -> str:
+    """The run's id; a folder that holds a run is touched only on request."""
+    path = out / "run_id"
+    if path.is_file():
+        if not resume:
+            raise SettingsError(f"{out}: holds a run already; add --resume to continue it, or choose another --out")
+        return path.read_text(encoding="utf-8").strip()
+    run_id = uuid.uuid4().hex
+    _write_text(path, run_id)
+    return run_id
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _open_hospital(
+    site: Site,
+    *,
+    out: Path,
+    seed: int,
+    device: str,
+    teachers: Path | None,
+    sampler: PublicSampler,
+    progress: Progress,
+) -> _Hospital:
+    name = site.site_name
+    site = dataclasses.replace(site, seed=site.seed + seed)
+    trained = weights_path(out / "teachers" if teachers is None else teachers, name)
+    if trained is None and teachers is not None:
+        raise SettingsError(
+            f"{teachers}: expected {name}/model.safetensors, found none; run `fediod site train {name}`"
+        )
+    if trained is None:
+        trained = train_teacher(
+            site,
+            output_dir=out / "teachers" / name,
+            device=device,
+            public=sampler if site.rehearsal else None,
+            on_epoch=lambda done, total, loss: progress(f"teacher {name}", done, total, f"loss {loss:.3f}"),
+        )
+    teacher, provenance = load_segmenter(trained)
+    if provenance.spacing != site.spacing:
+        raise SettingsError(
+            f"{trained}: trained at {provenance.spacing:g} mm, this run works at {site.spacing:g} mm; train it again"
+        )
+    steps = preprocessing(spacing=site.spacing, with_label=True)
+    loaded = [steps(item) for item in labelled(site.subjects()[0], site.label_scheme)]
+    return _Hospital(
+        site,
+        teacher,
+        presence_counts([item["label"].as_tensor() for item in loaded]),
+        tuple(item["image"].as_tensor() for item in loaded),
+    )
+
+
+def _federation(hospitals: Sequence[_Hospital], *, out: Path, seed: int, device: torch.device) -> EmbeddedFederation:
+    return EmbeddedFederation(
+        {
+            h.site.site_name: SiteNode(
+                h.site.site_name,
+                h.teacher,
+                h.counts,
+                real_volumes=h.volumes,
+                state_dir=out / "site_state" / h.site.site_name,
+                seed=seed,
+                device=device,
+            )
+            for h in hospitals
+        }
+    )
+
+
+def _pooled(
+    sites: Sequence[Site], *, out: Path, seed: int, device: str, sampler: PublicSampler, progress: Progress
+) -> nn.Module:
+    """All training scans in one place, as many steps as all teachers together: what the hospitals may not do."""
+    folder = out / "baselines" / "pooled"
+    path = weights_path(folder.parent, "pooled")
+    if path is None:
+        first = sites[0]
+        site = dataclasses.replace(
+            first,
+            site_name="pooled",
+            seed=first.seed + seed,
+            epochs=sum(site.epochs for site in sites),
+            backbone=STUDENT["backbone"],
+            width=STUDENT["width"],
+            depth=STUDENT["depth"],
+        )
+        path = train_teacher(
+            site,
+            output_dir=folder,
+            device=device,
+            data=[item for s in sites for item in labelled(s.subjects()[0], s.label_scheme)],
+            public=sampler if site.rehearsal else None,
+            kind="pooled",
+            trained_on="patients of all hospitals pooled",
+            on_epoch=lambda done, total, loss: progress("pooled", done, total, f"loss {loss:.3f}"),
+        )
+    return load_segmenter(path)[0]
+
+
+def _provenance(
+    kind: str, sites: Sequence[Site], spacing: float, roi: int, seed: int, schedule: Schedule, data_name: str
+) -> Provenance:
+    return Provenance(
+        kind=kind,
+        network=STUDENT,
+        spacing=spacing,
+        label_scheme="brats2018",
+        sites=tuple(site.site_name for site in sites),
+        privacy={site.site_name: {"mode": site.privacy_mode, "epsilon": None, "delta": None} for site in sites},
+        trained_on=f"synthetic volumes, answered by teachers trained on {data_name}",
+        seed=seed,
+        settings={"roi": roi, "rounds": schedule.rounds, "student_steps": schedule.student_steps},
+        commit=current_commit(),
+    )
+
+
+def _summary(
+    scores: Mapping[str, list[SubjectScore]],
+    sites: Sequence[Site],
+    data_name: str,
+    seed: int,
+    schedule: Schedule,
+    objective: GeneratorObjective,
+    mode: str,
+    federation: EmbeddedFederation,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """Everything that `summary.json` holds; `rows.<key>.{TC,WT,ET,mean}` are mean Dice over held-out scans."""
+    rows = {key: summarise(found, seed=seed) for key, found in scores.items()}
+    site_means = [row["mean"] for key, row in rows.items() if key.startswith("site:")]
+    return {
+        "notice": NOT_FOR_CLINICAL_USE,
+        "privacy": {site.site_name: {"mode": site.privacy_mode, "epsilon": None, "delta": None} for site in sites},
+        "privacy_statement": f"{NOT_PRIVATE}: this run is not differentially private; no bound on leakage is claimed.",
+        "data": data_name,
+        "seed": seed,
+        "mode": mode,
+        "rounds": schedule.rounds,
+        "objective": dataclasses.asdict(objective),
+        "held_out": {site.site_name: f"fold {site.fold} of {site.folds}" for site in sites},
+        "rows": rows,
+        "ratios": {
+            "student_to_ensemble": rows["student"]["mean"] / rows["ensemble"]["mean"],
+            "student_to_best_site": rows["student"]["mean"] / max(site_means),
+        },
+        "student_minus": {
+            key: paired_difference(scores["student"], found, seed=seed)
+            for key, found in scores.items()
+            if key != "student"
+        },
+        "bytes": {"down": federation.bytes_down, "up": federation.bytes_up},
+        "seconds": dict(seconds),
+    }
+
+
+def _write_synthetic(
+    state: DistillationState,
+    sampler: PublicSampler | None,
+    out: Path,
+    roi: int,
+    seed: int,
+    device: torch.device,
+    spacing: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Write a few synthetic volumes as NIfTI with their label maps; returns the first volume and its class map."""
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+    first: tuple[Tensor, Tensor | None] | None = None
+    volumes = synthetic_volumes(state, sampler=sampler, count=SYNTHETIC_VOLUMES, size=roi, seed=seed, device=device)
+    for index, (x, classes) in enumerate(volumes):
+        write_volumes(out / "synthetic" / f"synthetic-{index:02d}.nii.gz", x.numpy(), affine)
+        if classes is not None:
+            path = out / "synthetic" / f"synthetic-{index:02d}_labels.nii.gz"
+            write_volumes(path, classes.numpy().astype(np.float32), affine)
+        first = (x, classes) if first is None else first
+    assert first is not None
+    return first
+
+
+def _panel(
+    case: tuple[str, Subject, LabelScheme],
+    predictors: Mapping[str, Callable[[Subject], np.ndarray]],
+    synthetic: tuple[Tensor, Tensor | None],
+    spacing: float,
+) -> list[reporting.PanelRow]:
+    """The real / synthetic / ensemble / student figure: a held-out scan of the first hospital, and one volume of G."""
+    _, subject, scheme = case
+    volume = read_subject(subject)
+    x, classes = synthetic
+    return [
+        reporting.PanelRow("real, expert", volume.array, read_label(subject, scheme), volume.affine),
+        reporting.PanelRow(
+            "synthetic",
+            x.numpy(),
+            None if classes is None else classes.numpy(),
+            np.diag([spacing, spacing, spacing, 1.0]),
+        ),
+        reporting.PanelRow("ensemble", volume.array, predictors["ensemble"](subject), volume.affine),
+        reporting.PanelRow("student", volume.array, predictors["student"](subject), volume.affine),
+    ]
+
+
+def _losses(record: Mapping[str, float]) -> str:
+    return "  ".join(f"{key} {value:.3f}" for key, value in record.items() if key not in ("round", "sites"))
+
+
+def _plain(site: Site) -> dict[str, Any]:
+    return {f.name: getattr(site, f.name) for f in dataclasses.fields(site) if f.name not in ("folder", "dataset_dir")}

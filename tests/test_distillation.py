@@ -1,0 +1,547 @@
+"""The method: the student learns, each term acts, and an interrupted run equals an uninterrupted one."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fediod_med.checkpoints import load_state
+from fediod_med.data.phantoms import Grid, load_anatomy
+from fediod_med.data.sampler import PublicBatch, PublicSampler
+from fediod_med.distillation import (
+    PAPER_OBJECTIVE,
+    DistillationState,
+    GeneratorObjective,
+    Schedule,
+    distill,
+    softmax_pull_back,
+    synthetic_volumes,
+)
+from fediod_med.errors import FediodError, ProtocolError, SettingsError
+from fediod_med.federation.embedded import EmbeddedFederation
+from fediod_med.federation.node import SiteNode
+from fediod_med.networks import Generator, build_segmenter
+from fediod_med.prior import train_prior
+from fediod_med.protocol import Query, Reply, SiteFailure, pack
+
+CPU = torch.device("cpu")
+SIZE = 16
+SITES = ("north", "south")
+NOTHING = GeneratorObjective(gan=0, clarity=0, unique=0, mask=0, balance=0, transfer=0)
+SHORT = Schedule(rounds=4, batch=2, student_steps=2, student_batch=2, replay=6, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def sampler() -> PublicSampler:
+    return PublicSampler(spacing=12, roi=SIZE, count=4, seed=3, anatomy=load_anatomy(Grid((16, 16, 16), 12.0)))
+
+
+@pytest.fixture(scope="module")
+def teachers(sampler: PublicSampler) -> list[nn.Module]:
+    """Two teachers that learnt phantoms for a moment."""
+    made = []
+    for seed in range(len(SITES)):
+        torch.manual_seed(seed)
+        network = build_segmenter("unet", width=8, depth=2)
+        made.append(train_prior(network, [sampler], steps=40, batch=2, learning_rate=5e-3, seed=seed, device=CPU, ema=0.8))
+    return made
+
+
+@dataclass
+class Bench:
+    """Makes hospitals and networks anew, as a new process would."""
+
+    teachers: list[nn.Module]
+    sampler: PublicSampler
+    folder: Path
+
+    def nodes(self) -> dict[str, SiteNode]:
+        volumes = [image.float() for image, _ in self.sampler.volumes()]
+        return {
+            name: SiteNode(
+                name,
+                copy.deepcopy(self.teachers[index]),
+                torch.tensor([9.0, 4, 5, 6]) - index,
+                real_volumes=volumes[2 * index : 2 * index + 2],
+                state_dir=self.folder / name,
+                seed=1,
+                device=CPU,
+                width=4,
+                layers=1,
+            )
+            for index, name in enumerate(SITES)
+        }
+
+    def distill(self, **changes: Any) -> DistillationState:
+        torch.manual_seed(7)
+        student = build_segmenter("unet", width=8, depth=2)
+        mode = changes.pop("mode", "conditional")
+        generator = None if mode is None else Generator(mode, size=SIZE, width=4)
+        arguments: dict[str, Any] = {
+            "student": student,
+            "generator": generator,
+            "sampler": self.sampler,
+            "objective": GeneratorObjective(),
+            "schedule": SHORT,
+            "size": SIZE,
+            "seed": 2,
+            "run_id": "run-1",
+            "device": CPU,
+        }
+        federation = changes.pop("federation", None) or EmbeddedFederation(self.nodes())
+        return distill(federation, **{**arguments, **changes})
+
+
+@pytest.fixture
+def bench(teachers: list[nn.Module], sampler: PublicSampler, tmp_path: Path) -> Bench:
+    return Bench(teachers, sampler, tmp_path)
+
+
+class Unreliable:
+    """A federation of real nodes, some of whose calls fail as `fails(site, query)` says."""
+
+    def __init__(self, nodes: Mapping[str, SiteNode], fails: Callable[[str, Query], bool]) -> None:
+        self._inner = EmbeddedFederation(nodes)
+        self._fails = fails
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        return self._inner.site_names
+
+    def ask(
+        self, queries: Mapping[str, Query], *, quorum: int, timeout_s: float
+    ) -> dict[str, Reply | SiteFailure]:
+        down = {site for site, query in queries.items() if self._fails(site, query)}
+        up = {site: query for site, query in queries.items() if site not in down}
+        replies = self._inner.ask(up, quorum=quorum, timeout_s=timeout_s)
+        # Failures first: the order of replies must not matter to the centre.
+        return {**{site: SiteFailure(site, queries[site].round, "timeout") for site in down}, **replies}
+
+
+def tensors_of(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    if isinstance(state, Mapping):
+        return [t for value in state.values() for t in tensors_of(value)]
+    return [t for value in state for t in tensors_of(value)] if isinstance(state, list | tuple) else []
+
+
+def equal_states(a: DistillationState, b: DistillationState) -> bool:
+    first, second = tensors_of(a.state_dict()), tensors_of(b.state_dict())
+    return len(first) == len(second) and all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def generator_weights(state: DistillationState) -> Tensor:
+    assert state.generator is not None
+    return torch.cat([p.detach().flatten() for p in state.generator.parameters()])
+
+
+# --- the student ------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_generator_the_students_loss_falls(bench: Bench) -> None:
+    schedule = replace(SHORT, rounds=20, student_steps=4, student_rate=5e-3)
+    state = bench.distill(mode=None, schedule=schedule)
+    losses = [record["student"] for record in state.history]
+    assert len(losses) == 20 and sum(losses[-4:]) < 0.6 * sum(losses[:4])
+    assert state.generator is None and "clarity" not in state.history[0]
+
+
+def test_the_student_approaches_the_ensemble_not_the_labels_alone(bench: Bench) -> None:
+    """With `truth=0` the target is the ensemble: the student ends nearer to it than it began."""
+    x = bench.sampler.draw(99, 4).base
+    with torch.no_grad():
+        q = torch.stack([torch.softmax(teacher(x), 1) for teacher in bench.teachers]).mean(0)
+    schedule = replace(SHORT, rounds=20, student_steps=4, student_rate=5e-3, truth=0.0, ema=0.9)
+    state = bench.distill(mode=None, schedule=schedule)
+    torch.manual_seed(7)
+    untrained = build_segmenter("unet", width=8, depth=2)
+    with torch.no_grad():
+        before = (torch.softmax(untrained(x), 1) - q).abs().mean()
+        after = (torch.softmax(state.student_average.module.eval()(x), 1) - q).abs().mean()
+    assert after < 0.5 * before
+
+
+def test_the_replay_buffer_keeps_the_newest_pairs_in_half_precision(bench: Bench) -> None:
+    state = bench.distill(mode=None, schedule=replace(SHORT, rounds=5, replay=3))
+    assert len(state.replay) == 3
+    for number, pair in zip((3, 4, 5), state.replay, strict=True):
+        public = bench.sampler.draw(number, 2)
+        assert torch.equal(pair["x"], public.base.half()) and torch.equal(pair["classes"], public.classes.byte())
+        assert pair["q"].dtype == torch.float16
+        assert torch.allclose(pair["q"].float().sum(1), torch.ones(2, SIZE, SIZE, SIZE), atol=2e-3)
+
+
+def test_student_steps_cost_no_traffic(bench: Bench) -> None:
+    few, many = (EmbeddedFederation(bench.nodes()) for _ in range(2))
+    bench.distill(mode=None, federation=few, schedule=replace(SHORT, student_steps=1))
+    bench.distill(mode=None, federation=many, schedule=replace(SHORT, student_steps=5))
+    assert few.bytes_down == many.bytes_down and few.bytes_up == many.bytes_up
+
+
+def test_each_round_is_reported_once(bench: Bench) -> None:
+    seen: list[Mapping[str, float]] = []
+    state = bench.distill(on_round=seen.append)
+    assert [record["round"] for record in seen] == [1, 2, 3, 4]
+    assert seen == state.history
+    assert set(seen[0]) == {"round", "sites", "clarity", "unique", "mask", "transfer", "realism", "student"}
+
+
+# --- the generator ----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_query_is_the_phantom_itself(bench: Bench) -> None:
+    asked: list[Query] = []
+    federation = Unreliable(bench.nodes(), lambda _, query: bool(asked.append(query)))
+    bench.distill(federation=federation, schedule=replace(SHORT, rounds=2))
+    xs = {query.round: query.tensors["x"] for query in asked if query.kind == "answer"}
+    assert torch.equal(xs[1], bench.sampler.draw(1, 2).base)
+    second = bench.sampler.draw(2, 2)
+    assert not torch.equal(xs[2], second.base)
+    assert (xs[2][(second.tissues == 0)[:, None].expand_as(xs[2])] == 0).all()
+
+
+def test_a_round_takes_two_trips_and_students_see_no_more(bench: Bench) -> None:
+    asked: list[tuple[str, int, str]] = []
+    federation = Unreliable(bench.nodes(), lambda site, q: bool(asked.append((site, q.round, q.kind))))
+    bench.distill(federation=federation, schedule=replace(SHORT, rounds=1))
+    assert asked == [(site, n, kind) for n, kind in ((0, "describe"), (1, "answer"), (1, "pull_back")) for site in SITES]
+
+
+@pytest.mark.parametrize("term", ["gan", "clarity", "unique", "mask", "balance", "transfer"])
+def test_each_term_alone_moves_the_generator_and_its_sign_matters(bench: Bench, term: str) -> None:
+    """The zero-initialised head takes the gradient's direction: opposite weights move it in opposite directions."""
+    schedule = replace(SHORT, rounds=1, student_steps=0)
+    nothing = generator_weights(bench.distill(objective=NOTHING, schedule=schedule))
+    more, less = (
+        generator_weights(bench.distill(objective=replace(NOTHING, **{term: weight}), schedule=schedule)) - nothing
+        for weight in (1.0, -1.0)
+    )
+    assert more.norm() > 0
+    assert torch.nn.functional.cosine_similarity(more, less, dim=0) < -0.9
+
+
+def test_without_any_term_the_generator_stays(bench: Bench) -> None:
+    state = bench.distill(objective=NOTHING)
+    torch.manual_seed(7)
+    build_segmenter("unet", width=8, depth=2)
+    untouched = Generator("conditional", size=SIZE, width=4)
+    assert torch.equal(generator_weights(state), torch.cat([p.detach().flatten() for p in untouched.parameters()]))
+    assert {"mask", "transfer", "balance"} & set(state.history[0]) == set()
+
+
+@pytest.mark.parametrize("divergence", ["jensen_shannon", "released"])
+def test_the_mask_term_falls_when_the_generator_follows_it(bench: Bench, divergence: str) -> None:
+    objective = replace(NOTHING, mask=1.0, divergence=divergence)
+    fast = replace(SHORT, rounds=40, student_steps=0, generator_rate=1e-2)
+    terms = [record["mask"] for record in bench.distill(objective=objective, schedule=fast).history]
+    still = [record["mask"] for record in bench.distill(objective=objective, schedule=replace(fast, generator_rate=0.0)).history]
+    # Rounds draw different phantoms, so each is compared with itself under a generator that does not learn.
+    assert sum(terms[-10:]) < 0.9 * sum(still[-10:])
+
+
+@pytest.mark.parametrize("divergence", ["jensen_shannon", "released"])
+@pytest.mark.parametrize("unique", [-1.0, 1.0])
+def test_the_paper_mode_runs_from_noise_alone(bench: Bench, divergence: str, unique: float) -> None:
+    objective = replace(PAPER_OBJECTIVE, divergence=divergence, unique=unique)
+    state = bench.distill(mode="unconditional", sampler=None, objective=objective, schedule=replace(SHORT, rounds=2))
+    assert all(torch.isfinite(torch.tensor(list(record.values()))).all() for record in state.history)
+    assert "balance" in state.history[0] and "mask" not in state.history[0]
+    assert state.replay[0].keys() == {"x", "q"}
+
+
+def test_the_sign_of_uniqueness_parts_or_joins_the_teachers(bench: Bench) -> None:
+    schedule = replace(SHORT, rounds=25, student_steps=0, generator_rate=1e-2)
+
+    def disagreement(weight: float) -> float:
+        history = bench.distill(objective=replace(NOTHING, unique=weight), schedule=schedule).history
+        return sum(record["unique"] for record in history[-5:])
+
+    assert disagreement(1.0) > 1.1 * disagreement(-1.0)
+
+
+def test_an_unconditional_generator_does_not_borrow_labels_from_a_sampler(bench: Bench) -> None:
+    """Its volumes do not show the sampler's label maps, so these must not become the student's truth."""
+    arguments: dict[str, Any] = {"mode": "unconditional", "objective": PAPER_OBJECTIVE, "schedule": replace(SHORT, rounds=2)}
+    state = bench.distill(**arguments)
+    assert "classes" not in state.replay[0]
+    assert equal_states(state, bench.distill(**arguments, sampler=None))
+    ((_, classes),) = synthetic_volumes(state, sampler=bench.sampler, count=1, size=SIZE, seed=0, device=CPU)
+    assert classes is None
+
+
+def test_softmax_pull_back_equals_autograd() -> None:
+    logits = torch.randn(2, 4, 3, 3, 3, requires_grad=True)
+    g = torch.randn(2, 4, 3, 3, 3)
+    p = torch.softmax(logits, dim=1)
+    (expected,) = torch.autograd.grad(p, logits, grad_outputs=g)
+    assert torch.allclose(softmax_pull_back(p.detach(), g), expected, atol=1e-6)
+    certain = torch.zeros(1, 4, 2)
+    certain[:, 0] = 1
+    assert torch.equal(softmax_pull_back(certain, torch.full((1, 4, 2), 1e6)), torch.zeros(1, 4, 2))
+
+
+def test_synthetic_volumes_come_from_the_averaged_generator_and_repeat(bench: Bench) -> None:
+    state = bench.distill()
+
+    def make() -> list[tuple[Tensor, Tensor | None]]:
+        return list(synthetic_volumes(state, sampler=bench.sampler, count=3, size=SIZE, seed=5, device=CPU))
+
+    for (x, classes), (again, _) in zip(make(), make(), strict=True):
+        assert x.shape == (4, SIZE, SIZE, SIZE) and torch.equal(x, again) and not x.requires_grad
+        assert classes is not None and classes.shape == (SIZE, SIZE, SIZE)
+    phantoms = bench.distill(mode=None)
+    (x, classes), *_ = synthetic_volumes(phantoms, sampler=bench.sampler, count=1, size=SIZE, seed=5, device=CPU)
+    public: PublicBatch = bench.sampler.draw(10_000_000, 1)
+    assert torch.equal(x, public.base[0]) and classes is not None and torch.equal(classes, public.classes[0])
+
+
+# --- hospitals that fail ----------------------------------------------------------------------------------------------
+
+
+def test_fewer_replies_than_the_quorum_stop_the_run_by_name(bench: Bench) -> None:
+    federation = Unreliable(bench.nodes(), lambda site, query: site == "south" and query.round == 2)
+    with pytest.raises(ProtocolError, match=r"expected replies from 2 hospitals, found 1; failed: south \(timeout\)"):
+        bench.distill(federation=federation)
+
+
+@pytest.mark.parametrize("kind", ["answer", "pull_back"])
+def test_a_quorum_carries_a_round_and_the_missing_site_comes_back(bench: Bench, kind: str) -> None:
+    federation = Unreliable(
+        bench.nodes(), lambda site, query: site == "north" and query.kind == kind and query.round in (2, 3)
+    )
+    state = bench.distill(federation=federation, quorum=1, schedule=replace(SHORT, rounds=5))
+    assert [record["sites"] for record in state.history] == ([2, 1, 1, 2, 2] if kind == "answer" else [2] * 5)
+
+
+def test_one_lasting_hospital_of_two_is_enough_for_a_quorum_of_one(bench: Bench) -> None:
+    federation = Unreliable(bench.nodes(), lambda site, query: site == "north" and query.round > 0)
+    state = bench.distill(federation=federation, quorum=1)
+    assert [record["sites"] for record in state.history] == [1] * 4
+
+
+def test_class_counts_are_needed_from_all(bench: Bench) -> None:
+    federation = Unreliable(bench.nodes(), lambda site, query: site == "north" and query.kind == "describe")
+    with pytest.raises(ProtocolError, match=r"describe: expected replies from 2 hospitals, found 1; failed: north"):
+        bench.distill(federation=federation, quorum=1)
+
+
+def test_replies_of_another_round_do_not_count(bench: Bench) -> None:
+    class Late(Unreliable):
+        def ask(self, queries: Mapping[str, Query], *, quorum: int, timeout_s: float) -> dict[str, Reply | SiteFailure]:
+            outcome = super().ask(queries, quorum=quorum, timeout_s=timeout_s)
+            return {s: replace(r, round=r.round - 1) if s == "south" else r for s, r in outcome.items()}
+
+    with pytest.raises(ProtocolError, match=r"south \(no fitting reply\)"):
+        bench.distill(federation=Late(bench.nodes(), lambda *_: False))
+
+
+# --- combinations that do not fit -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"sampler": None}, "unconditional"),
+        ({"mode": None, "sampler": None}, "unconditional"),
+        ({"mode": "unconditional", "sampler": None}, "no mask"),
+        ({"objective": GeneratorObjective(divergence="kl")}, "jensen_shannon or released"),
+        ({"quorum": 3}, "quorum of 1 to 2"),
+        ({"quorum": 0}, "quorum of 1 to 2"),
+        ({"schedule": replace(SHORT, replay=0)}, "replay"),
+        ({"schedule": replace(SHORT, checkpoint_every=0)}, "checkpoint_every"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anyone_is_asked(
+    bench: Bench, changes: dict[str, Any], complaint: str
+) -> None:
+    federation = Unreliable(bench.nodes(), lambda *_: pytest.fail("a hospital was asked"))
+    with pytest.raises(SettingsError, match=complaint):
+        bench.distill(federation=federation, **changes)
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """Raised inside a round's report, where a process might die."""
+
+
+def interrupt_after(number: int) -> Callable[[Mapping[str, float]], None]:
+    def on_round(record: Mapping[str, float]) -> None:
+        if record["round"] == number:
+            raise Interrupted
+
+    return on_round
+
+
+@pytest.mark.parametrize("mode", ["conditional", "unconditional", None])
+@pytest.mark.parametrize("stop", [2, 3, 5])
+def test_a_resumed_run_equals_an_uninterrupted_one(bench: Bench, mode: str | None, stop: int) -> None:
+    """Bit for bit, with new nodes and new networks, whether it stopped at a checkpoint (every second round) or after."""
+    arguments: dict[str, Any] = {"mode": mode, "schedule": replace(SHORT, rounds=6)}
+    if mode == "unconditional":
+        arguments |= {"objective": PAPER_OBJECTIVE, "sampler": None}
+    whole = bench.distill(**arguments, checkpoint=bench.folder / "whole" / "centre.pt")
+    for folder in SITES:  # the reference run leaves nothing to the resumed one
+        for path in (bench.folder / folder).glob("*.pt"):
+            path.unlink()
+
+    checkpoint = bench.folder / "centre.pt"
+    with pytest.raises(Interrupted):
+        bench.distill(**arguments, checkpoint=checkpoint, on_round=interrupt_after(stop))
+    assert load_state(checkpoint)["round"] == stop // 2 * 2
+    rounds: list[float] = []
+    resumed = bench.distill(
+        **arguments, checkpoint=checkpoint, resume=True, on_round=lambda record: rounds.append(record["round"])
+    )
+    assert rounds[0] == stop // 2 * 2 + 1
+    assert equal_states(whole, resumed)
+    assert resumed.history == whole.history and resumed.round == whole.round == 6
+
+
+def test_checkpoints_do_not_change_a_run(bench: Bench) -> None:
+    plain, saved = bench.distill(), bench.distill(checkpoint=bench.folder / "centre.pt")
+    assert equal_states(plain, saved)
+
+
+def test_a_run_repeats_whatever_else_draws_random_numbers(bench: Bench) -> None:
+    first = bench.distill()
+    assert equal_states(first, bench.distill(on_round=lambda _: torch.rand(3)))
+    assert not equal_states(first, bench.distill(seed=3))
+
+
+def test_hospitals_that_live_on_are_rewound_when_the_centre_resumes(bench: Bench) -> None:
+    schedule = replace(SHORT, rounds=6)
+    whole = bench.distill(schedule=schedule)
+    nodes = bench.nodes()
+    checkpoint = bench.folder / "centre.pt"
+    with pytest.raises(Interrupted):
+        bench.distill(
+            federation=EmbeddedFederation(nodes), schedule=schedule, checkpoint=checkpoint, on_round=interrupt_after(5)
+        )
+    resumed = bench.distill(
+        federation=EmbeddedFederation(nodes), schedule=schedule, checkpoint=checkpoint, resume=True
+    )
+    assert equal_states(whole, resumed)
+
+
+def test_resuming_a_finished_run_asks_nobody(bench: Bench) -> None:
+    checkpoint = bench.folder / "centre.pt"
+    finished = bench.distill(checkpoint=checkpoint)
+    federation = Unreliable(bench.nodes(), lambda *_: pytest.fail("a hospital was asked"))
+    assert equal_states(finished, bench.distill(federation=federation, checkpoint=checkpoint, resume=True))
+
+
+def test_resuming_without_a_checkpoint_starts_at_the_first_round(bench: Bench) -> None:
+    resumed = bench.distill(checkpoint=bench.folder / "centre.pt", resume=True)
+    assert equal_states(resumed, bench.distill())
+
+
+def test_a_checkpoint_of_another_setting_is_refused(bench: Bench) -> None:
+    checkpoint = bench.folder / "centre.pt"
+    bench.distill(mode=None, checkpoint=checkpoint, schedule=replace(SHORT, rounds=2))
+    with pytest.raises(FediodError, match="checkpoint"):
+        bench.distill(checkpoint=checkpoint, resume=True)
+
+
+SCRIPT = """
+import pathlib, sys, time
+import torch
+from fediod_med.checkpoints import save_state
+from fediod_med.data.phantoms import Grid, load_anatomy
+from fediod_med.data.sampler import PublicSampler
+from fediod_med.distillation import GeneratorObjective, Schedule, distill
+from fediod_med.federation.embedded import EmbeddedFederation
+from fediod_med.federation.node import SiteNode
+from fediod_med.networks import Generator, build_segmenter
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+
+
+def run(folder, *, pause, resume):
+    folder = pathlib.Path(folder)
+    sampler = PublicSampler(spacing=12, roi=16, count=3, seed=3, anatomy=load_anatomy(Grid((16, 16, 16), 12.0)))
+    volumes = [image.float() for image, _ in sampler.volumes()]
+    nodes = {}
+    for index, name in enumerate(("north", "south")):
+        torch.manual_seed(index)
+        nodes[name] = SiteNode(name, build_segmenter("unet", width=4, depth=2), torch.tensor([9.0, 4, 5, 6]) - index,
+            real_volumes=volumes[index:], state_dir=folder / name, seed=1, device=CPU, width=4, layers=1)
+    torch.manual_seed(7)
+
+    def on_round(record):
+        (folder / "rounds.txt").open("a").write(f"{int(record['round'])}\\n")
+        time.sleep(pause)
+
+    state = distill(EmbeddedFederation(nodes), student=build_segmenter("unet", width=4, depth=2),
+        generator=Generator("conditional", size=16, width=4), sampler=sampler, objective=GeneratorObjective(),
+        schedule=Schedule(rounds=14, student_steps=2, replay=6, checkpoint_every=4), size=16, seed=2, run_id="killed",
+        device=CPU, checkpoint=folder / "centre.pt", resume=resume, on_round=on_round)
+    save_state(folder / "end.pt", state.state_dict())
+
+
+if sys.argv[1] == "victim":
+    run(sys.argv[2], pause=0.25, resume=False)
+else:
+    run(sys.argv[2], pause=0, resume=True)
+    run(sys.argv[3], pause=0, resume=False)
+"""
+
+
+def test_a_run_killed_at_any_moment_and_resumed_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """SIGKILL gives no chance to save: only what lies on disk continues, in a new process."""
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed.mkdir()
+    whole.mkdir()
+    victim = subprocess.Popen([sys.executable, str(script), "victim", str(killed)], stderr=subprocess.PIPE)
+    log = killed / "rounds.txt"
+    deadline = time.monotonic() + 120
+    try:
+        while not log.is_file() or len(log.read_text().split()) < 6:
+            if victim.poll() is not None or time.monotonic() > deadline:
+                victim.kill()
+                pytest.fail(f"the run ended before it was killed: {victim.communicate()[1].decode()}")
+            time.sleep(0.02)
+    finally:
+        victim.send_signal(signal.SIGKILL)
+        victim.communicate()
+    assert victim.returncode == -signal.SIGKILL
+    before = [int(line) for line in log.read_text().split()]
+    saved = load_state(killed / "centre.pt")["round"]
+    assert before[-1] < 14 and saved in (4, 8, 12) and not (killed / "end.pt").exists()
+
+    subprocess.run([sys.executable, str(script), "resume", str(killed), str(whole)], check=True, timeout=120)
+    after = [int(line) for line in log.read_text().split()][len(before) :]
+    assert after == list(range(saved + 1, 15))  # it continued from the checkpoint, not from the start
+    resumed, uninterrupted = load_state(killed / "end.pt"), load_state(whole / "end.pt")
+    assert resumed["history"] == uninterrupted["history"]
+    for part in ("student", "student_average", "generator", "generator_average", "student_optimizer", "replay"):
+        first, second = tensors_of(resumed[part]), tensors_of(uninterrupted[part])
+        assert len(first) == len(second) > 0
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), part
+
+
+def test_queries_of_a_run_are_messages(bench: Bench) -> None:
+    """Whatever the centre asks can be sent; settings are plain values."""
+    asked: list[Query] = []
+    federation = Unreliable(bench.nodes(), lambda _, query: bool(asked.append(query)))
+    bench.distill(federation=federation, checkpoint=bench.folder / "centre.pt", schedule=replace(SHORT, rounds=2))
+    assert {query.kind for query in asked} == {"describe", "answer", "pull_back"}
+    assert all(pack(query) for query in asked)
+    snapshots = {q.round for q in asked if q.kind == "answer" and q.settings["snapshot"]}
+    assert snapshots == {2}

@@ -1,0 +1,125 @@
+"""Ensemble weights: they sum to one, survive empty and noised counts, and merge to probabilities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fediod_med.ensemble import (
+    REALISM_FLOOR,
+    class_ratio_weights,
+    entropy_confidence,
+    merge,
+    realism_confidence,
+    site_shares,
+)
+from fediod_med.losses import entropy_map
+
+
+def random_probs(*shape: int, seed: int = 0) -> Tensor:
+    """Softmax over axis 2: `(K, B, C, ...)`."""
+    return torch.softmax(2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed)), dim=2)
+
+
+counts_of_three = st.lists(
+    st.lists(st.floats(-50, 200, allow_nan=False, width=32), min_size=4, max_size=4), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(counts_of_three)
+def test_weights_are_shares_whatever_the_counts(rows: list[list[float]]) -> None:
+    """Noise may make counts negative, or leave nothing at all."""
+    weights = class_ratio_weights(torch.tensor(rows))
+    assert (weights >= 0).all()
+    assert torch.allclose(weights.sum(dim=0), torch.ones(4), atol=1e-5)
+
+
+def test_weights_are_ratios_of_patients() -> None:
+    counts = torch.tensor([[10, 5, 8, 0], [30, 15, 2, 6]])
+    expected = torch.tensor([[0.25, 0.25, 0.8, 0.0], [0.75, 0.75, 0.2, 1.0]])
+    assert torch.allclose(class_ratio_weights(counts), expected)
+    assert torch.allclose(site_shares(counts), torch.tensor([0.25, 0.75]))
+
+
+def test_a_class_no_hospital_has_is_shared_by_patients() -> None:
+    weights = class_ratio_weights(torch.tensor([[10.0, 1, 1, 0], [30.0, 1, 1, 0]]))
+    assert torch.allclose(weights[:, 3], torch.tensor([0.25, 0.75]))
+
+
+def test_negative_counts_are_no_patients() -> None:
+    weights = class_ratio_weights(torch.tensor([[10.0, -4, 1, 1], [10.0, 8, 1, 1]]))
+    assert torch.allclose(weights[:, 1], torch.tensor([0.0, 1.0]))
+
+
+def test_counts_that_noise_wiped_out_give_equal_shares() -> None:
+    counts = torch.tensor([[-3.0, -1, 0, -2], [0.0, 0, -5, 0]])
+    assert torch.allclose(class_ratio_weights(counts), torch.full((2, 4), 0.5))
+    q = merge(random_probs(2, 1, 4, 3, 3, 3), counts)
+    assert torch.isfinite(q).all()
+
+
+@pytest.mark.parametrize("spatial", [(), (5,), (4, 3), (4, 3, 2)])
+def test_merged_probabilities_sum_to_one(spatial: tuple[int, ...]) -> None:
+    probs = random_probs(3, 2, 4, *spatial)
+    counts = torch.tensor([[10.0, 2, 3, 0], [5.0, 5, 5, 5], [1.0, 0, 0, 0]])
+    q = merge(probs, counts, realism=torch.tensor([[9.0, -9], [0, 0], [-30, 30]]), entropy_temperature=0.3)
+    assert q.shape == (2, 4, *spatial)
+    assert (q >= 0).all() and torch.allclose(q.sum(dim=1), torch.ones(2, *spatial), atol=1e-5)
+
+
+def test_merge_by_hand() -> None:
+    """q^c is proportional to w_1^c p_1^c + w_2^c p_2^c; class-dependent weights need the renormalisation."""
+    probs = torch.tensor([[[0.5, 0.2, 0.2, 0.1]], [[0.1, 0.1, 0.2, 0.6]]])
+    counts = torch.tensor([[10.0, 10, 10, 0], [10.0, 0, 10, 10]])
+    mixed = torch.tensor([0.3, 0.2, 0.2, 0.6])
+    assert torch.allclose(merge(probs, counts)[0], mixed / mixed.sum())
+
+
+def test_one_hospital_is_its_own_ensemble() -> None:
+    probs = random_probs(1, 2, 4, 3, 3, 3)
+    q = merge(probs, torch.tensor([[7.0, 3, 0, 2]]), realism=torch.tensor([[-4.0, 2.0]]), entropy_temperature=0.5)
+    assert torch.allclose(q, probs[0], atol=1e-6)
+
+
+def test_agreeing_hospitals_are_left_unchanged() -> None:
+    probs = random_probs(1, 2, 4, 3, 3, 3).expand(3, -1, -1, -1, -1, -1)
+    q = merge(probs, torch.tensor([[7.0, 3, 0, 2], [1.0, 1, 1, 0], [5.0, 0, 0, 5]]), realism=torch.randn(3, 2))
+    assert torch.allclose(q, probs[0], atol=1e-6)
+
+
+def test_a_saturated_discriminator_cannot_silence_its_hospital() -> None:
+    confidence = realism_confidence(torch.tensor([[-1000.0], [0.0]]))
+    assert torch.allclose(confidence, torch.tensor([[REALISM_FLOOR], [0.5]]))
+    probs = torch.tensor([[[1.0, 0, 0, 0]], [[0, 0, 0, 1.0]]])
+    q = merge(probs, torch.ones(2, 4), realism=torch.tensor([[-1000.0], [1000.0]]))
+    assert q[0, 0].item() == pytest.approx(REALISM_FLOOR / (1 + REALISM_FLOOR), rel=1e-4)
+
+
+def test_realism_weighs_each_volume_by_itself() -> None:
+    probs = torch.tensor([[[1.0, 0, 0, 0]] * 2, [[0, 0, 0, 1.0]] * 2])
+    q = merge(probs, torch.ones(2, 4), realism=torch.tensor([[3.0, -3.0], [-3.0, 3.0]]))
+    assert q[0, 0] > 0.9 and q[1, 3] > 0.9
+
+
+def test_entropy_weights_are_the_ratio_of_exponentials() -> None:
+    probs, tau = random_probs(2, 1, 4, 5), 0.7
+    weight = entropy_confidence(probs, tau)
+    exact = torch.stack([torch.exp(-entropy_map(p) / tau) for p in probs]).unsqueeze(2)
+    assert weight.shape == (2, 1, 1, 5)
+    assert torch.allclose(weight / weight.sum(0), exact / exact.sum(0), atol=1e-6)
+
+
+def test_a_small_entropy_temperature_does_not_underflow() -> None:
+    probs = torch.full((2, 1, 4, 3), 0.25)
+    assert torch.allclose(merge(probs, torch.ones(2, 4), entropy_temperature=1e-3), probs[0])
+
+
+def test_merge_passes_finite_gradients_to_every_hospital() -> None:
+    probs = random_probs(2, 1, 4, 3, 3, 3).requires_grad_(True)
+    merge(probs, torch.tensor([[5.0, 5, 5, 5], [5.0, 5, 5, 5]]), realism=torch.zeros(2, 1))[:, 3].sum().backward()
+    assert probs.grad is not None and torch.isfinite(probs.grad).all()
+    assert (probs.grad.flatten(1).abs().sum(dim=1) > 0).all()

@@ -1,0 +1,105 @@
+"""Whole runs on two tiny phantom hospitals: what the folder holds, and that an interrupted run continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from fediod_med.checkpoints import load_weights, read_provenance
+from fediod_med.data.phantoms import Grid, hospital_profiles, write_cohort
+from fediod_med.distillation import Schedule
+from fediod_med.errors import SettingsError
+from fediod_med.runs import find_weights, run_distillation
+from fediod_med.sites import Site, load_sites
+
+TINY = Schedule(rounds=2, student_steps=1, checkpoint_every=1)
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory) -> tuple[Site, ...]:
+    root = tmp_path_factory.mktemp("federation")
+    for number, profile in enumerate(hospital_profiles()[:2]):
+        name = f"h{number}"
+        write_cohort(
+            root / "data" / name, count=4, seed=number, grid=Grid((32, 32, 32), 6.0), profile=profile, prefix=f"H{number}"
+        )
+        (root / "sites" / name).mkdir(parents=True)
+        (root / "sites" / name / "site.yaml").write_text(
+            f"site_name: {name}\nlayout: brats2018\nlabel_scheme: brats2018\ndataset_dir: ../../data/{name}\nfolds: 2\n"
+            "spacing: 6.0\nroi: 32\nepochs: 1\nsteps_per_epoch: 1\nbackbone: unet\nwidth: 16\n"
+        )
+    return load_sites(root / "sites")
+
+
+@pytest.fixture(scope="module")
+def finished(sites, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    run_distillation(sites, out=out, schedule=TINY, pool=3, data_name="phantoms", device="cpu")
+    return out
+
+
+def test_the_summary_has_every_row_and_says_what_it_is(finished) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary["rows"]) == {"site:h0", "site:h1", "ensemble", "prior", "kd_phantoms", "student", "pooled"}
+    for row in summary["rows"].values():
+        assert all(0 <= row[key] <= 1 for key in ("TC", "WT", "ET", "mean"))
+        assert row["mean"] == pytest.approx((row["TC"] + row["WT"] + row["ET"]) / 3)
+        assert row["patients"] == 4
+    assert summary["data"] == "phantoms"
+    assert "NOT PRIVATE" in summary["privacy_statement"]
+    assert all(sent > 0 for sent in summary["bytes"]["up"].values())
+
+
+def test_the_folder_is_complete(finished) -> None:
+    for name in ("comparison.png", "curves.png", "panel.png"):
+        assert (finished / "figures" / name).read_bytes().startswith(b"\x89PNG")
+    record = json.loads((finished / "run.json").read_text())
+    assert record["privacy"] == {"h0": "none", "h1": "none"}
+    synthetic = nib.load(finished / "synthetic" / "synthetic-00.nii.gz")
+    assert synthetic.shape == (32, 32, 32, 4)
+    labels = np.asarray(nib.load(finished / "synthetic" / "synthetic-00_labels.nii.gz").dataobj)
+    assert set(np.unique(labels)) <= {0, 1, 2, 3}
+
+
+def test_the_bundle_holds_the_student(finished) -> None:
+    found = find_weights(finished)
+    student, provenance = load_weights(finished / "student.safetensors")
+    bundled, _ = load_weights(found)
+    assert all((bundled[name] == tensor).all() for name, tensor in student.items())
+    assert provenance.privacy["h0"]["mode"] == "none"
+    assert read_provenance(found).sites == ("h0", "h1")
+
+
+def test_a_finished_folder_is_not_overwritten(finished, sites) -> None:
+    with pytest.raises(SettingsError, match="--resume"):
+        run_distillation(sites, out=finished, schedule=TINY, pool=3)
+
+
+def test_a_resumed_run_gives_the_same_student(finished, sites, tmp_path) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int, detail: str) -> None:
+        if stage == "distil student" and done == 1:
+            raise Interrupted
+
+    out = tmp_path / "out"
+    common = {"out": out, "schedule": TINY, "pool": 3, "data_name": "phantoms", "device": "cpu", "compare": False}
+    with pytest.raises(Interrupted):
+        run_distillation(sites, **common, progress=stop)
+    run_distillation(sites, **common, resume=True)
+    expected, _ = load_weights(finished / "student.safetensors")
+    resumed, _ = load_weights(out / "student.safetensors")
+    assert all((resumed[name] == tensor).all() for name, tensor in expected.items())
+
+
+def test_hospitals_with_different_grids_are_refused(sites, tmp_path) -> None:
+    mixed = [sites[0], dataclasses.replace(sites[1], spacing=5.0)]
+    with pytest.raises(SettingsError, match="spacing"):
+        run_distillation(mixed, out=tmp_path / "out", schedule=TINY)
+    assert not (tmp_path / "out").exists()

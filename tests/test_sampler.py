@@ -1,0 +1,114 @@
+"""The public sampler: batches fixed by the step, crops inside the volume, classes that follow tissues."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fediod_med.data.phantoms import TISSUES, Anatomy, Grid, load_anatomy, tumour_classes
+from fediod_med.data.sampler import PublicSampler, training_grid
+from fediod_med.errors import SettingsError
+
+
+@pytest.fixture(scope="module")
+def anatomy() -> Anatomy:
+    return load_anatomy(Grid((24, 24, 24), 8.0))
+
+
+@pytest.fixture(scope="module")
+def sampler(anatomy: Anatomy) -> PublicSampler:
+    return PublicSampler(spacing=8, roi=12, count=3, seed=1, anatomy=anatomy)
+
+
+def test_the_same_step_gives_the_same_batch(sampler: PublicSampler, anatomy: Anatomy) -> None:
+    again = PublicSampler(spacing=8, roi=12, count=3, seed=1, anatomy=anatomy)
+    sampler.draw(9, 2)
+    first, second = sampler.draw(4, 3), again.draw(4, 3)
+    assert torch.equal(first.base, second.base) and torch.equal(first.tissues, second.tissues)
+    assert not torch.equal(first.base, sampler.draw(5, 3).base)
+    assert not torch.equal(first.base, PublicSampler(spacing=8, roi=12, count=3, seed=2, anatomy=anatomy).draw(4, 3).base)
+
+
+def test_batches_are_the_draws_in_order(sampler: PublicSampler) -> None:
+    for step, batch in enumerate(sampler.batches(3, 2), start=1):
+        assert torch.equal(batch.base, sampler.draw(step, 2).base)
+
+
+def test_batches_are_plain_tensors_of_the_stated_kind(sampler: PublicSampler) -> None:
+    """A MetaTensor would slow every step and could not be read back from a checkpoint."""
+    batch = sampler.draw(1, 2)
+    assert type(batch.base) is type(batch.tissues) is type(batch.classes) is torch.Tensor
+    assert batch.base.shape == (2, 4, 12, 12, 12) and batch.base.dtype == torch.float32
+    assert batch.tissues.shape == batch.classes.shape == (2, 12, 12, 12)
+    assert batch.tissues.dtype == batch.classes.dtype == torch.int64
+
+
+def test_classes_follow_tissues_and_the_image_is_zero_outside_the_brain(sampler: PublicSampler) -> None:
+    for step in range(1, 9):
+        batch = sampler.draw(step, 2)
+        assert np.array_equal(batch.classes.numpy(), tumour_classes(batch.tissues.numpy().astype(np.uint8)))
+        assert int(batch.tissues.max()) < len(TISSUES)
+        outside = (batch.tissues == 0)[:, None].expand_as(batch.base)
+        assert (batch.base[outside] == 0).all()
+        assert (batch.base[~outside] != 0).float().mean() > 0.99
+
+
+def test_volumes_are_z_scored_inside_the_brain(sampler: PublicSampler) -> None:
+    assert len(sampler) == 3
+    for image, classes in sampler.volumes():
+        assert image.shape == (4, 24, 24, 24) and classes.shape == (24, 24, 24) and classes.any()
+        for channel in image.float():
+            inside = channel[channel != 0]
+            assert abs(inside.mean()) < 0.01 and abs(inside.std() - 1) < 0.01
+
+
+def test_every_crop_is_a_flipped_part_of_a_volume(sampler: PublicSampler) -> None:
+    volumes = [image.float() for image, _ in sampler.volumes()]
+    crop = next(b for b in (sampler.draw(step, 1).base[0] for step in range(1, 50)) if (b != 0).float().mean() > 0.5)
+    flips = [crop.flip([a + 1 for a in range(3) if bits >> a & 1]) for bits in range(8)]
+    windows = [v.unfold(1, 12, 1).unfold(2, 12, 1).unfold(3, 12, 1) for v in volumes]
+    centres = [(w[..., 6, 6, 6], flip) for w in windows for flip in flips]
+    assert any(((centre == flip[:, 6, 6, 6].view(4, 1, 1, 1)).all(dim=0)).any() for centre, flip in centres)
+
+
+def test_about_half_of_the_crops_are_centred_on_tumour(sampler: PublicSampler, anatomy: Anatomy) -> None:
+    """Against crops at random places: a tumour voxel lies in the middle far more often."""
+
+    def share(of: PublicSampler) -> float:
+        middles = [of.draw(step, 8).classes[:, 5:7, 5:7, 5:7].flatten(1).any(dim=1).float() for step in range(1, 26)]
+        return float(torch.cat(middles).mean())
+
+    assert 0.4 < share(sampler) < 0.75
+    whole = PublicSampler(spacing=8, roi=24, count=3, seed=1, anatomy=anatomy)
+    assert whole.draw(1, 4).classes.flatten(1).any(dim=1).all()
+
+
+def test_a_crop_larger_than_the_volume_is_padded_with_background(anatomy: Anatomy) -> None:
+    padded = PublicSampler(spacing=8, roi=32, count=1, seed=1, anatomy=anatomy)
+    plain = PublicSampler(spacing=8, roi=24, count=1, seed=1, anatomy=anatomy)
+    image, classes = next(padded.volumes())
+    small, small_classes = next(plain.volumes())
+    assert image.shape == (4, 32, 32, 32)
+    assert torch.equal(image[:, 4:28, 4:28, 4:28], small) and torch.equal(classes[4:28, 4:28, 4:28], small_classes)
+    assert image.count_nonzero() == small.count_nonzero()
+    batch = padded.draw(1, 2)
+    assert batch.base.shape == (2, 4, 32, 32, 32) and batch.tissues.shape == (2, 32, 32, 32)
+
+
+def test_progress_is_reported(anatomy: Anatomy) -> None:
+    seen: list[tuple[int, int]] = []
+    PublicSampler(spacing=8, roi=8, count=2, seed=0, anatomy=anatomy, progress=lambda i, n: seen.append((i, n)))
+    assert seen == [(1, 2), (2, 2)]
+
+
+def test_an_empty_pool_is_refused(anatomy: Anatomy) -> None:
+    with pytest.raises(SettingsError, match="at least one phantom"):
+        PublicSampler(spacing=8, roi=8, count=0, seed=0, anatomy=anatomy)
+
+
+@pytest.mark.parametrize("spacing", [1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+def test_the_training_grid_holds_a_head_in_multiples_of_eight(spacing: float) -> None:
+    grid = training_grid(spacing)
+    assert all(edge % 8 == 0 for edge in grid.shape)
+    assert all(edge * spacing >= 192 for edge in grid.shape)
