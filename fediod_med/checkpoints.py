@@ -150,9 +150,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its readers raise
-        raise WeightsError(
-            f"{path}: expected training state, found something else; start the run again"
-        ) from error
+        raise WeightsError(f"{path}: expected training state, found something else; start the run again") from error
     return state
 
 

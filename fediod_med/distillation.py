@@ -30,7 +30,7 @@ from fediod_med.data.sampler import PublicBatch, PublicSampler
 from fediod_med.data.transforms import flip_together, jitter
 from fediod_med.devices import autocast
 from fediod_med.ensemble import merge, site_shares
-from fediod_med.errors import ProtocolError, SettingsError
+from fediod_med.errors import ProtocolError, SettingsError, WeightsError
 from fediod_med.losses import (
     class_balance,
     mask_cross_entropy,
@@ -144,7 +144,15 @@ class DistillationState:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave; `WeightsError` when it stems from other networks."""
+        if ("generator" in state) != (self.generator is not None):
+            raise WeightsError("checkpoint: one of the runs has a generator, the other has none")
+        try:
+            self._load(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise WeightsError(f"checkpoint: does not fit these networks ({str(error).splitlines()[-1]})") from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         self.student.load_state_dict(state["student"])
         self.student_average.load_state_dict(state["student_average"])
         self.student_optimizer.load_state_dict(state["student_optimizer"])
@@ -202,6 +210,7 @@ def distill(
     Raises:
         SettingsError: generator, sampler, objective, schedule and quorum do not fit together.
         ProtocolError: fewer good replies than the quorum.
+        WeightsError: the checkpoint is damaged or stems from other networks.
     """
     _check(generator, sampler, objective, schedule)
     everyone = len(federation.site_names)
@@ -212,7 +221,10 @@ def distill(
         sampler = None  # its label maps would describe other volumes than the generated ones
     state = _begin(student, generator, schedule, device)
     if resume and checkpoint is not None and checkpoint.is_file():
-        state.load_state_dict(load_state(checkpoint))
+        try:
+            state.load_state_dict(load_state(checkpoint))
+        except WeightsError as error:
+            raise WeightsError(f"{checkpoint}: {error}; resume with the settings the run was started with") from error
         logger.info("resumed after round %d", state.round)
     hospitals = _Hospitals(federation, run_id=run_id, quorum=needed, timeout_s=timeout_s)
     if state.counts is None:
@@ -302,6 +314,8 @@ def _check(
 ) -> None:
     if min(schedule.batch, schedule.replay, schedule.checkpoint_every) < 1:
         raise SettingsError(f"distillation: expected batch, replay, checkpoint_every of 1 or more, found {schedule}")
+    if not 0 <= schedule.phantom_share <= 1:
+        raise SettingsError(f"distillation: expected a phantom_share of 0 to 1, found {schedule.phantom_share}")
     conditional = generator is not None and generator.mode == "conditional"
     if sampler is None and (generator is None or conditional):
         raise SettingsError("distillation: without a public sampler the generator must be unconditional")

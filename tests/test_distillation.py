@@ -28,7 +28,7 @@ from fediod_med.distillation import (
     softmax_pull_back,
     synthetic_volumes,
 )
-from fediod_med.errors import FediodError, ProtocolError, SettingsError
+from fediod_med.errors import ProtocolError, SettingsError, WeightsError
 from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.node import SiteNode
 from fediod_med.networks import Generator, build_segmenter
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 SIZE = 16
 SITES = ("north", "south")
 NOTHING = GeneratorObjective(gan=0, clarity=0, unique=0, mask=0, balance=0, transfer=0)
-SHORT = Schedule(rounds=4, batch=2, student_steps=2, student_batch=2, replay=6, checkpoint_every=2)
+SHORT = Schedule(rounds=4, batch=2, student_steps=2, student_batch=2, replay=6, phantom_share=0.0, checkpoint_every=2)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,9 @@ def teachers(sampler: PublicSampler) -> list[nn.Module]:
     for seed in range(len(SITES)):
         torch.manual_seed(seed)
         network = build_segmenter("unet", width=8, depth=2)
-        made.append(train_prior(network, [sampler], steps=40, batch=2, learning_rate=5e-3, seed=seed, device=CPU, ema=0.8))
+        made.append(
+            train_prior(network, [sampler], steps=40, batch=2, learning_rate=5e-3, seed=seed, device=CPU, ema=0.8)
+        )
     return made
 
 
@@ -119,14 +121,23 @@ class Unreliable:
     def site_names(self) -> tuple[str, ...]:
         return self._inner.site_names
 
-    def ask(
-        self, queries: Mapping[str, Query], *, quorum: int, timeout_s: float
-    ) -> dict[str, Reply | SiteFailure]:
+    def ask(self, queries: Mapping[str, Query], *, quorum: int, timeout_s: float) -> dict[str, Reply | SiteFailure]:
         down = {site for site, query in queries.items() if self._fails(site, query)}
         up = {site: query for site, query in queries.items() if site not in down}
         replies = self._inner.ask(up, quorum=quorum, timeout_s=timeout_s)
         # Failures first: the order of replies must not matter to the centre.
         return {**{site: SiteFailure(site, queries[site].round, "timeout") for site in down}, **replies}
+
+
+def recorder(asked: list[Query], site: str | None = None) -> Callable[[str, Query], bool]:
+    """Fails nobody; notes the queries to one site, or to all."""
+
+    def note(to: str, query: Query) -> bool:
+        if site in (None, to):
+            asked.append(query)
+        return False
+
+    return note
 
 
 def tensors_of(state: Any) -> list[Tensor]:
@@ -203,7 +214,7 @@ def test_each_round_is_reported_once(bench: Bench) -> None:
 
 def test_the_first_query_is_the_phantom_itself(bench: Bench) -> None:
     asked: list[Query] = []
-    federation = Unreliable(bench.nodes(), lambda _, query: bool(asked.append(query)))
+    federation = Unreliable(bench.nodes(), recorder(asked))
     bench.distill(federation=federation, schedule=replace(SHORT, rounds=2))
     xs = {query.round: query.tensors["x"] for query in asked if query.kind == "answer"}
     assert torch.equal(xs[1], bench.sampler.draw(1, 2).base)
@@ -212,11 +223,28 @@ def test_the_first_query_is_the_phantom_itself(bench: Bench) -> None:
     assert (xs[2][(second.tissues == 0)[:, None].expand_as(xs[2])] == 0).all()
 
 
-def test_a_round_takes_two_trips_and_students_see_no_more(bench: Bench) -> None:
-    asked: list[tuple[str, int, str]] = []
-    federation = Unreliable(bench.nodes(), lambda site, q: bool(asked.append((site, q.round, q.kind))))
-    bench.distill(federation=federation, schedule=replace(SHORT, rounds=1))
-    assert asked == [(site, n, kind) for n, kind in ((0, "describe"), (1, "answer"), (1, "pull_back")) for site in SITES]
+def test_a_round_takes_two_trips(bench: Bench) -> None:
+    asked: list[Query] = []
+    bench.distill(federation=Unreliable(bench.nodes(), recorder(asked)), schedule=replace(SHORT, rounds=1))
+    kinds = [(query.kind, query.round) for query in asked]
+    assert kinds == [(kind, n) for kind, n in (("describe", 0), ("answer", 1), ("pull_back", 1)) for _ in SITES]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_phantom_rounds_ask_about_the_phantom_and_need_one_trip(bench: Bench, share: float) -> None:
+    asked: list[Query] = []
+    federation = Unreliable(bench.nodes(), recorder(asked, "north"))
+    state = bench.distill(
+        federation=federation, schedule=replace(SHORT, rounds=8, student_steps=1, phantom_share=share)
+    )
+    pulled = {query.round for query in asked if query.kind == "pull_back"}
+    phantoms = set(range(1, 9)) - pulled
+    assert len(phantoms) == 8 * share
+    for query in asked:
+        if query.kind == "answer" and query.round in phantoms:
+            assert torch.equal(query.tensors["x"], bench.sampler.draw(query.round, 2).base)
+    assert {record["round"] for record in state.history if "clarity" in record} == pulled
+    assert (max(phantoms, default=8) - min(phantoms, default=1)) >= 8 - 2 / max(share, 0.25)
 
 
 @pytest.mark.parametrize("term", ["gan", "clarity", "unique", "mask", "balance", "transfer"])
@@ -241,14 +269,16 @@ def test_without_any_term_the_generator_stays(bench: Bench) -> None:
     assert {"mask", "transfer", "balance"} & set(state.history[0]) == set()
 
 
-@pytest.mark.parametrize("divergence", ["jensen_shannon", "released"])
-def test_the_mask_term_falls_when_the_generator_follows_it(bench: Bench, divergence: str) -> None:
-    objective = replace(NOTHING, mask=1.0, divergence=divergence)
-    fast = replace(SHORT, rounds=40, student_steps=0, generator_rate=1e-2)
+def test_the_mask_term_falls_when_the_generator_follows_it(bench: Bench) -> None:
+    objective = replace(NOTHING, mask=1.0)
+    fast = replace(SHORT, rounds=16, student_steps=0, generator_rate=1e-2)
     terms = [record["mask"] for record in bench.distill(objective=objective, schedule=fast).history]
-    still = [record["mask"] for record in bench.distill(objective=objective, schedule=replace(fast, generator_rate=0.0)).history]
+    still = [
+        record["mask"]
+        for record in bench.distill(objective=objective, schedule=replace(fast, generator_rate=0.0)).history
+    ]
     # Rounds draw different phantoms, so each is compared with itself under a generator that does not learn.
-    assert sum(terms[-10:]) < 0.9 * sum(still[-10:])
+    assert sum(terms[-6:]) < 0.95 * sum(still[-6:])
 
 
 @pytest.mark.parametrize("divergence", ["jensen_shannon", "released"])
@@ -262,7 +292,7 @@ def test_the_paper_mode_runs_from_noise_alone(bench: Bench, divergence: str, uni
 
 
 def test_the_sign_of_uniqueness_parts_or_joins_the_teachers(bench: Bench) -> None:
-    schedule = replace(SHORT, rounds=25, student_steps=0, generator_rate=1e-2)
+    schedule = replace(SHORT, rounds=16, student_steps=0, generator_rate=1e-2)
 
     def disagreement(weight: float) -> float:
         history = bench.distill(objective=replace(NOTHING, unique=weight), schedule=schedule).history
@@ -273,7 +303,11 @@ def test_the_sign_of_uniqueness_parts_or_joins_the_teachers(bench: Bench) -> Non
 
 def test_an_unconditional_generator_does_not_borrow_labels_from_a_sampler(bench: Bench) -> None:
     """Its volumes do not show the sampler's label maps, so these must not become the student's truth."""
-    arguments: dict[str, Any] = {"mode": "unconditional", "objective": PAPER_OBJECTIVE, "schedule": replace(SHORT, rounds=2)}
+    arguments: dict[str, Any] = {
+        "mode": "unconditional",
+        "objective": PAPER_OBJECTIVE,
+        "schedule": replace(SHORT, rounds=2),
+    }
     state = bench.distill(**arguments)
     assert "classes" not in state.replay[0]
     assert equal_states(state, bench.distill(**arguments, sampler=None))
@@ -361,6 +395,7 @@ def test_replies_of_another_round_do_not_count(bench: Bench) -> None:
         ({"quorum": 0}, "quorum of 1 to 2"),
         ({"schedule": replace(SHORT, replay=0)}, "replay"),
         ({"schedule": replace(SHORT, checkpoint_every=0)}, "checkpoint_every"),
+        ({"schedule": replace(SHORT, phantom_share=1.5)}, "phantom_share"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anyone_is_asked(
@@ -374,23 +409,24 @@ def test_settings_that_do_not_fit_are_refused_before_anyone_is_asked(
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """Raised inside a round's report, where a process might die."""
 
 
 def interrupt_after(number: int) -> Callable[[Mapping[str, float]], None]:
     def on_round(record: Mapping[str, float]) -> None:
         if record["round"] == number:
-            raise Interrupted
+            raise InterruptedRunError
 
     return on_round
 
 
-@pytest.mark.parametrize("mode", ["conditional", "unconditional", None])
-@pytest.mark.parametrize("stop", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("mode", "stop"), [("conditional", 2), ("conditional", 3), ("conditional", 5), ("unconditional", 3), (None, 3)]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(bench: Bench, mode: str | None, stop: int) -> None:
-    """Bit for bit, with new nodes and new networks, whether it stopped at a checkpoint (every second round) or after."""
-    arguments: dict[str, Any] = {"mode": mode, "schedule": replace(SHORT, rounds=6)}
+    """Bit for bit, with new nodes and networks, whether it stopped at a checkpoint (every second round) or after."""
+    arguments: dict[str, Any] = {"mode": mode, "schedule": replace(SHORT, rounds=6, phantom_share=0.5)}
     if mode == "unconditional":
         arguments |= {"objective": PAPER_OBJECTIVE, "sampler": None}
     whole = bench.distill(**arguments, checkpoint=bench.folder / "whole" / "centre.pt")
@@ -399,7 +435,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(bench: Bench, mode: str | Non
             path.unlink()
 
     checkpoint = bench.folder / "centre.pt"
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         bench.distill(**arguments, checkpoint=checkpoint, on_round=interrupt_after(stop))
     assert load_state(checkpoint)["round"] == stop // 2 * 2
     rounds: list[float] = []
@@ -427,13 +463,11 @@ def test_hospitals_that_live_on_are_rewound_when_the_centre_resumes(bench: Bench
     whole = bench.distill(schedule=schedule)
     nodes = bench.nodes()
     checkpoint = bench.folder / "centre.pt"
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         bench.distill(
             federation=EmbeddedFederation(nodes), schedule=schedule, checkpoint=checkpoint, on_round=interrupt_after(5)
         )
-    resumed = bench.distill(
-        federation=EmbeddedFederation(nodes), schedule=schedule, checkpoint=checkpoint, resume=True
-    )
+    resumed = bench.distill(federation=EmbeddedFederation(nodes), schedule=schedule, checkpoint=checkpoint, resume=True)
     assert equal_states(whole, resumed)
 
 
@@ -452,8 +486,14 @@ def test_resuming_without_a_checkpoint_starts_at_the_first_round(bench: Bench) -
 def test_a_checkpoint_of_another_setting_is_refused(bench: Bench) -> None:
     checkpoint = bench.folder / "centre.pt"
     bench.distill(mode=None, checkpoint=checkpoint, schedule=replace(SHORT, rounds=2))
-    with pytest.raises(FediodError, match="checkpoint"):
+    with pytest.raises(WeightsError, match=r"centre\.pt.*generator.*settings the run was started with"):
         bench.distill(checkpoint=checkpoint, resume=True)
+    bench.distill(checkpoint=bench.folder / "with.pt", schedule=replace(SHORT, rounds=2))
+    with pytest.raises(WeightsError, match="generator"):
+        bench.distill(mode=None, checkpoint=bench.folder / "with.pt", resume=True)
+    other = build_segmenter("unet", width=4, depth=2)
+    with pytest.raises(WeightsError, match="does not fit"):
+        bench.distill(mode=None, student=other, checkpoint=checkpoint, resume=True)
 
 
 SCRIPT = """
@@ -494,7 +534,7 @@ def run(folder, *, pause, resume):
 
 
 if sys.argv[1] == "victim":
-    run(sys.argv[2], pause=0.25, resume=False)
+    run(sys.argv[2], pause=0.15, resume=False)
 else:
     run(sys.argv[2], pause=0, resume=True)
     run(sys.argv[3], pause=0, resume=False)
@@ -539,7 +579,7 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_an_uninterrupted_one(tmp_
 def test_queries_of_a_run_are_messages(bench: Bench) -> None:
     """Whatever the centre asks can be sent; settings are plain values."""
     asked: list[Query] = []
-    federation = Unreliable(bench.nodes(), lambda _, query: bool(asked.append(query)))
+    federation = Unreliable(bench.nodes(), recorder(asked))
     bench.distill(federation=federation, checkpoint=bench.folder / "centre.pt", schedule=replace(SHORT, rounds=2))
     assert {query.kind for query in asked} == {"describe", "answer", "pull_back"}
     assert all(pack(query) for query in asked)

@@ -52,7 +52,9 @@ def test_entropy_of_certainty_is_zero() -> None:
 @pytest.mark.parametrize("spatial", SPATIAL)
 def test_teachers_that_agree_do_not_diverge(spatial: tuple[int, ...]) -> None:
     p = random_probs(2, C, *spatial)
-    assert teacher_divergence(torch.stack([p, p, p]), torch.tensor([0.2, 0.3, 0.5])).item() == pytest.approx(0, abs=1e-6)
+    assert teacher_divergence(torch.stack([p, p, p]), torch.tensor([0.2, 0.3, 0.5])).item() == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_two_teachers_certain_of_different_classes_diverge_by_ln_two() -> None:
@@ -81,7 +83,9 @@ def test_released_divergence_is_positive_and_falls_as_teachers_agree() -> None:
     (gradient,) = torch.autograd.grad(before, spread)
     after = released_divergence(torch.softmax(logits - 0.5 * gradient, dim=2))
     assert before.item() > after.item() > 0
-    assert released_divergence(torch.softmax(logits[:1].expand(2, -1, -1, -1), dim=2)).item() == pytest.approx(0, abs=1e-6)
+    assert released_divergence(torch.softmax(logits[:1].expand(2, -1, -1, -1), dim=2)).item() == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_released_divergence_by_hand() -> None:

@@ -97,13 +97,17 @@ def test_a_trained_generator_leaves_the_background_at_zero() -> None:
     base = phantom(maps)
     generator = Generator("conditional", size=16, width=4)
     nn.init.normal_(generator.head.weight)
-    nn.init.ones_(generator.head.bias)  # type: ignore[arg-type]
+    nn.init.ones_(generator.head.bias)
     z, texture = torch.randn(2, 32), torch.randn(2, 1, 16, 16, 16)
     x = generator(z, maps, base, texture)
     outside = maps[:, :1].bool().expand_as(x)
     assert (x[outside] == 0).all()
     assert (x[~outside] != base[~outside]).float().mean() > 0.99
-    for changed in (generator(-z, maps, base, texture), generator(z, maps, base, -texture), generator(z, maps, -base, texture)):
+    for changed in (
+        generator(-z, maps, base, texture),
+        generator(z, maps, base, -texture),
+        generator(z, maps, -base, texture),
+    ):
         assert not torch.allclose(changed, x)
 
 
@@ -122,7 +126,9 @@ def test_every_parameter_of_a_generator_learns_once_the_head_has_moved() -> None
         else:
             x = generator(torch.randn(2, 32))
         (x * torch.randn_like(x)).sum().backward()
-        silent = [name for name, p in generator.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+        silent = [
+            name for name, p in generator.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()
+        ]
         assert silent == []
 
 

@@ -273,7 +273,9 @@ def test_hospitals_start_from_different_discriminators_and_leave_the_global_gene
     expected = torch.rand(1)
     teacher = build_segmenter("unet", width=4, depth=2)
     torch.manual_seed(3)
-    SiteNode("a", teacher, torch.ones(4), real_volumes=volumes(), state_dir=tmp_path, seed=0, device=CPU, width=4, layers=1)
+    SiteNode(
+        "a", teacher, torch.ones(4), real_volumes=volumes(), state_dir=tmp_path, seed=0, device=CPU, width=4, layers=1
+    )
     assert torch.equal(torch.rand(1), expected)
 
 

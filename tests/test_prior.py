@@ -24,7 +24,9 @@ def network() -> nn.Module:
     return build_segmenter("unet", width=8, depth=2)
 
 
-def train(net: nn.Module, samplers: list[PublicSampler], losses: list[float], steps: int = 5, ema: float = 0.9) -> nn.Module:
+def train(
+    net: nn.Module, samplers: list[PublicSampler], losses: list[float], steps: int = 5, ema: float = 0.9
+) -> nn.Module:
     return train_prior(
         net,
         samplers,
@@ -50,12 +52,15 @@ def test_the_average_is_returned_in_evaluation_mode(sampler: PublicSampler) -> N
     start = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     averaged = train(net, [sampler], [], steps=1, ema=0.9)
     assert averaged is not net and not averaged.training
-    assert all(torch.equal(a, b) for a, b in zip(averaged.state_dict().values(), net.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(averaged.state_dict().values(), net.state_dict().values(), strict=True)
+    )
     later = train(network(), [sampler], [], steps=8, ema=0.99)
     live = network()
     train(live, [sampler], [], steps=8, ema=0.0)
     moved = [
-        (float((later.state_dict()[n] - start[n]).norm()), float((live.state_dict()[n] - start[n]).norm())) for n in start
+        (float((later.state_dict()[n] - start[n]).norm()), float((live.state_dict()[n] - start[n]).norm()))
+        for n in start
     ]
     assert sum(a for a, _ in moved) < 0.7 * sum(b for _, b in moved)
 
@@ -65,7 +70,9 @@ def test_training_repeats_exactly_whatever_else_draws_random_numbers(sampler: Pu
     net = network()
     torch.rand(17)
     second = train(net, [sampler], [])
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 def test_samplers_take_turns(sampler: PublicSampler) -> None:

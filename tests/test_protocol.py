@@ -142,7 +142,18 @@ def test_an_answer_without_a_discriminator_is_whole() -> None:
         {"x": torch.ones(2, dtype=torch.int8), "x/scale": torch.ones(5000)},
         {},
     ],
-    ids=["fp32", "fp64", "bf16", "no scale", "long scale", "fp64 scale", "undeclared", "stray scale", "int scale", "none"],
+    ids=[
+        "fp32",
+        "fp64",
+        "bf16",
+        "no scale",
+        "long scale",
+        "fp64 scale",
+        "undeclared",
+        "stray scale",
+        "int scale",
+        "none",
+    ],
 )
 def test_received_tensors_that_pack_would_not_have_written_are_refused(tensors: dict[str, Tensor]) -> None:
     """Nothing can ride along, not even under the name of a scale."""

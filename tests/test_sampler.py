@@ -27,7 +27,9 @@ def test_the_same_step_gives_the_same_batch(sampler: PublicSampler, anatomy: Ana
     first, second = sampler.draw(4, 3), again.draw(4, 3)
     assert torch.equal(first.base, second.base) and torch.equal(first.tissues, second.tissues)
     assert not torch.equal(first.base, sampler.draw(5, 3).base)
-    assert not torch.equal(first.base, PublicSampler(spacing=8, roi=12, count=3, seed=2, anatomy=anatomy).draw(4, 3).base)
+    assert not torch.equal(
+        first.base, PublicSampler(spacing=8, roi=12, count=3, seed=2, anatomy=anatomy).draw(4, 3).base
+    )
 
 
 def test_batches_are_the_draws_in_order(sampler: PublicSampler) -> None:

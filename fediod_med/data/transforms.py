@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fediod_med.data.layouts import Subject
 from fediod_med.data.nifti import read_label, read_subject
-from fediod_med.errors import SettingsError
+from fediod_med.errors import InputError, SettingsError
 from fediod_med.labels import CLASSES, get_scheme
 
 DIVISOR = 8  # every backbone of depth up to 4 accepts multiples of 8 voxels
@@ -107,9 +107,15 @@ def to_working_grid(
 
     Returns:
         Image `(4, x, y, z)` and label `(1, x, y, z)`, edges multiples of 8 voxels, affines kept.
+
+    Raises:
+        SettingsError: the spacing is not positive, or coarser than the brain.
+        InputError: the image holds zeros only.
     """
     if spacing <= 0:
         raise SettingsError(f"spacing: expected a positive number of mm, found {spacing}")
+    if not bool((image != 0).any()):
+        raise InputError("working grid: expected a scan with brain in it, found zeros only; check the files")
     reorient = Orientation(axcodes="RAS", labels=None)
     image = _meta(reorient(image))
     margin = int(np.ceil(2 * spacing / min(image.pixdim.tolist())))
@@ -121,6 +127,8 @@ def to_working_grid(
     if moved.shape != image.shape or not torch.equal(moved.affine, image.affine):
         kept = _resample(inside, spacing).as_tensor() >= 0.5
         moved = _like(moved.as_tensor() * kept, moved)
+        if not bool(kept.any()):
+            raise SettingsError(f"spacing: expected voxels smaller than the brain, found {spacing:g} mm; choose less")
     crop = CropForeground(select_fn=_not_zero, k_divisible=DIVISOR, allow_smaller=False)
     lower, upper = crop.compute_bounding_box(moved)
     cropped = _meta(crop.crop_pad(moved, lower, upper))
@@ -236,7 +244,7 @@ def _resample(image: MetaTensor, spacing: float) -> MetaTensor:
 
 
 def _not_zero(image: Tensor) -> Tensor:
-    # MONAI's own choice is what is positive, but intensities may be negative (bias-corrected or already z-scored scans).
+    # MONAI's own choice is what is positive, but intensities may be negative (scans that were z-scored before).
     return image != 0
 
 
