@@ -298,14 +298,19 @@ def run_demo(
     return result
 
 
-DEMO_HOSPITALS = (("academic-3t", "unet", 16), ("community-1t", "unet", 16), ("thick-slices", "segresnet", 8))
+# name, backbone, width, epochs, learning rate: the third has another backbone, which the public prior does not fit.
+DEMO_HOSPITALS = (
+    ("academic-3t", "unet", 16, 6, 5e-4),
+    ("community-1t", "unet", 16, 6, 5e-4),
+    ("thick-slices", "unet", 8, 20, 2e-3),
+)
 
 
 def write_phantom_sites(out: Path, *, seed: int, cases: int = 12, progress: Progress = silent) -> None:
     """Write three phantom hospitals (scans and site files) and one unseen scan of a fourth below `out`."""
     profiles = {profile.name: profile for profile in hospital_profiles()}
     grid = Grid((48, 48, 48), 4.0)
-    for number, (name, backbone, width) in enumerate(DEMO_HOSPITALS):
+    for number, (name, backbone, width, epochs, rate) in enumerate(DEMO_HOSPITALS):
         progress("phantom hospitals", number, len(DEMO_HOSPITALS), name)
         prefix = name.replace("-", "").upper()
         write_cohort(
@@ -319,7 +324,8 @@ def write_phantom_sites(out: Path, *, seed: int, cases: int = 12, progress: Prog
         text = (
             f"# A phantom hospital: no patient.\nsite_name: {name}\nlayout: brats2018\nlabel_scheme: brats2018\n"
             f"dataset_dir: ../../hospitals/{name}\nsubject_pattern: Brats18_{prefix}_\nfolds: 4\nfold: 0\n"
-            f"spacing: 4.0\nroi: 48\nbackbone: {backbone}\nwidth: {width}\nepochs: 6\nprivacy_mode: none\n"
+            f"spacing: 4.0\nroi: 48\nbackbone: {backbone}\nwidth: {width}\nepochs: {epochs}\n"
+            f"learning_rate: {rate:.4f}\nprivacy_mode: none\n"
         )
         path = out / "sites" / name / "site.yaml"
         _write_text(path, text)

@@ -86,10 +86,20 @@ def test_metadata_tells_the_shapes_that_each_backbone_gives(backbone: str) -> No
             meta_file=str(CONFIGS / "metadata.json"),
             config_file=str(CONFIGS / "common.yaml"),
             device="cpu",
-            n=2,
             backbone=backbone,
             width=8,
         )
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(2, 20), (6, 20), (15, 20), (60, 100)])
+def test_the_averaged_weights_forget_the_start_whatever_the_schedule(hospital: Path, epochs: int, steps: int) -> None:
+    """A fixed momentum kept 30 % of the random start in a schedule of 120 steps."""
+    with quiet_monai():
+        config = workflow("train", hospital, epochs=epochs, steps_per_epoch=steps).parser
+        momentum = float(config.get_parsed_content("train#handlers#0#momentum"))
+    assert 0 < momentum <= 0.5
+    assert (1 - momentum) ** (epochs * steps) < 1e-3
+    assert 1 / momentum <= epochs * steps / 10, "the average spans at most the last tenth"
 
 
 def test_every_phase_has_all_properties_that_monai_asks_for(hospital: Path, tmp_path: Path) -> None:

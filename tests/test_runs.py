@@ -26,7 +26,12 @@ def sites(tmp_path_factory) -> tuple[Site, ...]:
     for number, profile in enumerate(hospital_profiles()[:2]):
         name = f"h{number}"
         write_cohort(
-            root / "data" / name, count=4, seed=number, grid=Grid((32, 32, 32), 6.0), profile=profile, prefix=f"H{number}"
+            root / "data" / name,
+            count=4,
+            seed=number,
+            grid=Grid((32, 32, 32), 6.0),
+            profile=profile,
+            prefix=f"H{number}",
         )
         (root / "sites" / name).mkdir(parents=True)
         (root / "sites" / name / "site.yaml").write_text(

@@ -232,7 +232,7 @@ def test_the_rate_warms_up_and_ends_near_zero(steps: int, warm_up: int) -> None:
 
 
 def test_the_written_weights_are_an_average_of_the_last_ones() -> None:
-    """MONAI's EMA handler with the momentum of train.yaml: 1 % of each new step."""
+    """ignite's EMA handler, which train.yaml names: a share of each new step."""
     network = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(network.weight)
     average = EMAHandler(network, momentum=0.01)

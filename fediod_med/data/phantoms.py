@@ -1,12 +1,13 @@
 """Simulates brain-tumour patients from public anatomy: label maps, four MRI sequences, cohorts on disk.
 
 No patient is involved: healthy anatomy is the MNI152 2009a average (Fonov et al. 2011, NeuroImage 54) that the
-`nilearn` wheel carries. `grow` warps it and grows a tumour by the Fisher-KPP equation `du/dt = div(D grad u) + rho u (1 - u)`
-with fast diffusion in white matter (Swanson et al. 2000, Cell Prolif 33; Konukoglu et al. 2010, IEEE TMI 29); `render`
-turns the map into T1c, T1, T2 and FLAIR as a scanner profile gives them. The settings of `PUBLIC_PRIOR` are physical
-ranges; their centres were checked against aggregate statistics of the development patients, no image of whom is used.
-Phantoms share their anatomy with the public prior: a good score on phantoms shows that the machine works, not that a
-method generalises.
+`nilearn` wheel carries. `grow` warps it and grows a tumour by the Fisher-KPP equation
+`du/dt = div(D grad u) + rho u (1 - u)` with fast diffusion in white matter (Swanson et al. 2000, Cell Prolif 33;
+Konukoglu et al. 2010, IEEE TMI 29); `render` turns the map into T1c, T1, T2 and FLAIR as a scanner profile gives them.
+The settings of `PUBLIC_PRIOR` are physical ranges whose centres were tuned on the development patients: on their mean
+intensities, volumes and the Dice of a network trained on phantoms; no image of theirs enters. A score on those same
+patients is therefore optimistic. Phantoms share their anatomy with the public prior: a good score on phantoms shows
+that the machine works, not that a method generalises.
 """
 
 from __future__ import annotations
@@ -424,7 +425,8 @@ def mass_effect(points: Array, centre: Array, radius: float, strength: float, ta
     """
     offset = points - centre.reshape(3, 1, 1, 1).astype(np.float32)
     push = strength * np.exp(-(offset**2).sum(0) / (1.6 * radius) ** 2) * taper
-    return (points - offset * push).astype(np.float32)
+    sources: Array = (points - offset * push).astype(np.float32)
+    return sources
 
 
 # --- tumour growth ----------------------------------------------------------------------------------------------------
@@ -511,7 +513,8 @@ def _invade(
     if factor > 1:
         logit = ndimage.zoom(logit, factor, order=1, mode="nearest", grid_mode=True)
         logit = ndimage.gaussian_filter(logit, 0.5 * factor)[tuple(slice(n) for n in grid.shape)]
-    return logit.astype(np.float32)
+    single: Array = logit.astype(np.float32)
+    return single
 
 
 def _membership(score: Array, inside: Array, volume: float) -> Array:
@@ -527,7 +530,8 @@ def _membership(score: Array, inside: Array, volume: float) -> Array:
     place = int(np.searchsorted(cumulated, volume))
     level = values[order[min(place, len(order) - 1)]]
     slope = np.sqrt(sum(g**2 for g in np.gradient(score)))
-    return np.clip(0.5 + (score - level) / np.maximum(slope, 1e-3), 0, 1).astype(np.float32)
+    share: Array = np.clip(0.5 + (score - level) / np.maximum(slope, 1e-3), 0, 1).astype(np.float32)
+    return share
 
 
 @dataclass(frozen=True)
