@@ -86,16 +86,16 @@ def test_a_finished_folder_is_not_overwritten(finished, sites) -> None:
 
 
 def test_a_resumed_run_gives_the_same_student(finished, sites, tmp_path) -> None:
-    class Interrupted(Exception):
+    class InterruptedRunError(Exception):
         pass
 
     def stop(stage: str, done: int, total: int, detail: str) -> None:
         if stage == "distil student" and done == 1:
-            raise Interrupted
+            raise InterruptedRunError
 
     out = tmp_path / "out"
     common = {"out": out, "schedule": TINY, "pool": 3, "data_name": "phantoms", "device": "cpu", "compare": False}
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         run_distillation(sites, **common, progress=stop)
     run_distillation(sites, **common, resume=True)
     expected, _ = load_weights(finished / "student.safetensors")
