@@ -90,7 +90,7 @@ class Schedule:
         student_steps: steps on the replay buffer a round.
         student_batch: volumes a student step.
         student_rate: peak learning rate of the student's AdamW, warmed up, cosine to 0 over the run; low, since the
-            student starts from the prior and 1e-3 was measured to undo it.
+            student starts from the prior and higher rates were measured to undo it.
         generator_rate: of the generator's Adam (betas .5, .999).
         replay: pairs kept.
         ema: decay of the averaged student and generator, per step.
@@ -103,12 +103,12 @@ class Schedule:
     batch: int = 2
     student_steps: int = 4
     student_batch: int = 2
-    student_rate: float = 3e-4
+    student_rate: float = 1e-4
     generator_rate: float = 1e-4
     replay: int = 48
     ema: float = 0.99
     phantom_share: float = 0.5
-    truth: float = 0.5
+    truth: float = 0.25
     checkpoint_every: int = 25
 
 

@@ -209,8 +209,8 @@ def write_training_curves(
 ) -> Path:
     """One small chart per quantity over the rounds: every value faint, a running median strong.
 
-    A quantity that stays above zero and spans more than two decades gets a logarithmic axis. Values that are missing or
-    not finite leave a gap.
+    A quantity that stays above zero and spans more than two decades gets a logarithmic axis. A quantity that some
+    rounds do not have (the generator's terms in rounds without it) is drawn through the rounds that do.
 
     Args:
         path: of the PNG.
@@ -236,16 +236,17 @@ def write_training_curves(
     for axes in grid.flat[len(series) :]:
         axes.set_visible(False)
     for axes, (name, values) in zip(grid.flat, series.items(), strict=False):
-        finite = values[np.isfinite(values)]
-        smooth = _running_median(values)
-        axes.plot(at, values, color=NEUTRAL, alpha=0.45, linewidth=0.9)
-        axes.plot(at, smooth, color=ACCENT, linewidth=2, marker="o" if len(finite) < 3 else None)
+        known = np.isfinite(values)
+        finite = values[known]
+        smooth = _running_median(finite)
+        axes.plot(at[known], finite, color=NEUTRAL, alpha=0.45, linewidth=0.9)
+        axes.plot(at[known], smooth, color=ACCENT, linewidth=2, marker="o" if len(finite) < 3 else None)
         if finite.min() > 0 and finite.max() / finite.min() > 100:
             axes.set_yscale("log")
         elif finite.min() < 0 < finite.max():
             axes.axhline(0, color=NEUTRAL, linewidth=0.8)
         axes.set_title(name.replace("_", " "), fontsize=12, loc="left")
-        axes.set_title(f"{smooth[np.isfinite(smooth)][-1]:.3g}", fontsize=12, loc="right", color=ACCENT)
+        axes.set_title(f"{smooth[-1]:.3g}", fontsize=12, loc="right", color=ACCENT)
         _plain(axes)
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
         axes.margins(x=0.03, y=0.12)
@@ -683,13 +684,9 @@ def _number(value: Any) -> float:
 
 
 def _running_median(values: np.ndarray) -> np.ndarray:
-    """Median over a centred window of about a fifteenth of the series; gaps stay gaps."""
+    """Median over a centred window of about a fifteenth of the series (finite values)."""
     half = len(values) // 30
-    smooth = np.full(len(values), np.nan)
-    for i in np.flatnonzero(np.isfinite(values)):
-        near = values[max(0, i - half) : i + half + 1]
-        smooth[i] = np.median(near[np.isfinite(near)])
-    return smooth
+    return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
 def _jsonable(value: Any) -> Any:
