@@ -181,7 +181,7 @@ def segment(
     compute_on = pick_device(device)
     network, provenance = load_segmenter(find_weights(model), compute_on)
     label_scheme = get_scheme(scheme or provenance.label_scheme)
-    banner = f"{privacy_banner(provenance)} {NOT_FOR_CLINICAL_USE}"
+    banner = f"{privacy_banner(provenance)}. {NOT_FOR_CLINICAL_USE}"
     typer.echo(banner)
     failed = 0
     with _progress(quiet) as progress:
