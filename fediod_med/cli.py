@@ -88,8 +88,8 @@ def phantoms(
 @app.command()
 def prior(
     out: Annotated[Path, typer.Option("--out", "-o", help="Weights file to write (.safetensors).")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
-    pool: Annotated[int, typer.Option(help="Phantoms per working grid.")] = 300,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 2400,
+    pool: Annotated[int, typer.Option(help="Phantoms per working grid.")] = 200,
     seed: Seed = 1,
     device: Device = "auto",
     quiet: Quiet = False,
