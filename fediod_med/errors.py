@@ -7,7 +7,9 @@ FediodError
 │   └── LabelError    a label map holds a value its scheme does not know
 ├── SettingsError     a site file, option or combination of options is wrong
 ├── WeightsError      weights lack provenance or do not fit the network
-└── ProtocolError     a message between centre and hospital is malformed
+├── ProtocolError     a message between centre and hospital is malformed
+└── PrivacyError      a privacy promise cannot be made, kept or checked
+    └── BudgetExceeded the next release or training would cost more than the site's budget
 ```
 
 Each message says what was expected, what was found, where, and what to do. The library raises; the command line
@@ -43,3 +45,11 @@ class WeightsError(FediodError):
 
 class ProtocolError(FediodError):
     """A message between the centre and a hospital is malformed."""
+
+
+class PrivacyError(FediodError):
+    """A privacy promise cannot be made, kept or checked: mechanism, policy, ledger, key or network."""
+
+
+class BudgetExceeded(PrivacyError):  # noqa: N818 (an event of normal operation: the budget is spent)
+    """The next release or training would cost more than the site's budget allows; nothing was computed."""
