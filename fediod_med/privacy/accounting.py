@@ -29,6 +29,7 @@ ORDERS: tuple[float, ...] = (
 """Renyi orders of the filter; fixed, because a filter may not choose its orders by what it has seen."""
 
 PRV_ERROR = 0.01
+_NO_OPACUS = "privacy accounting: needs opacus, which is not installed; pip install 'fediod-med[privacy]'"
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ def merged(history: Sequence[Mechanism]) -> list[Mechanism]:
 
 def renyi_divergences(history: Sequence[Mechanism]) -> Array:
     """Renyi DP of the composition at each of `ORDERS`: the sum over mechanisms (Mironov et al. 1908.10530)."""
-    from opacus.accountants.analysis.rdp import compute_rdp
-
+    try:
+        from opacus.accountants.analysis.rdp import compute_rdp
+    except ImportError as error:
+        raise PrivacyError(_NO_OPACUS) from error
     total = np.zeros(len(ORDERS))
     for part in merged(history):
         total += np.asarray(
@@ -90,8 +93,10 @@ def prv_epsilon(history: Sequence[Mechanism], delta: float, error: float = PRV_E
     _check_delta(delta)
     if not history:
         return 0.0
-    from opacus.accountants import PRVAccountant
-
+    try:
+        from opacus.accountants import PRVAccountant
+    except ImportError as error:
+        raise PrivacyError(_NO_OPACUS) from error
     accountant = PRVAccountant()
     accountant.history = [(m.noise_multiplier, m.sample_rate, m.steps) for m in merged(history)]
     try:
