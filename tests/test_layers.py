@@ -19,8 +19,17 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fediod_med"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("runs",),  # whole-run procedures: the demo, the folder of a distillation run
-    ("reporting", "export"),
-    ("evaluation", "teacher", "distillation", "baselines", "prior", "federation.embedded", "federation.flare"),
+    ("reporting", "audit_figures", "export"),
+    (
+        "evaluation",
+        "teacher",
+        "distillation",
+        "baselines",
+        "prior",
+        "auditing",
+        "federation.embedded",
+        "federation.flare",
+    ),
     ("federation.node",),
     ("inference", "sites", "findings", "dicom", "data.sampler"),
     ("data.transforms", "data.phantoms"),
@@ -35,7 +44,7 @@ SIBLINGS_ALLOWED = ("privacy",)  # mechanism, accounting, ledger and training ar
 HOMES: dict[str, tuple[str, ...]] = {
     "highdicom": ("dicom",),
     "itk": ("dicom",),
-    "matplotlib": ("reporting",),
+    "matplotlib": ("reporting", "audit_figures"),
     "nilearn": ("data.phantoms",),
     "nvflare": ("federation.flare",),
     "opacus": ("privacy",),
