@@ -92,16 +92,25 @@ def _gaussian_mu_for(epsilon: float, delta: float) -> float:
 def _largest_within(cost: Callable[[float], float], limit: float, *, start: float) -> float:
     """An argument whose increasing `cost` lies within `TOLERANCE` below `limit`; found by bracketing around `start`."""
     tolerance = min(TOLERANCE, limit / 1000)
-    low = high = start
+    low, low_gap = start, cost(start) - limit
     for _ in range(40):
-        if cost(low) <= limit:
+        if low_gap <= 0:
             break
         low -= 0.5
+        low_gap = cost(low) - limit
     else:
         raise PrivacyError(f"noise plan: no noise keeps the cost at or below epsilon {limit}; ask for a larger epsilon")
-    while cost(high) < limit:
+    high, high_gap = low, low_gap
+    while high_gap <= 0:
         high += 0.25
-    while limit - cost(low) > tolerance:
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) <= limit else (low, middle)
+        high_gap = cost(high) - limit
+    while low_gap < -tolerance:
+        # Regula falsi towards the middle of the tolerance, kept away from the ends so that both always move.
+        share = (-tolerance / 2 - low_gap) / (high_gap - low_gap)
+        middle = low + min(max(share, 0.02), 0.9) * (high - low)
+        gap = cost(middle) - limit
+        if gap <= 0:
+            low, low_gap = middle, gap
+        else:
+            high, high_gap = middle, gap
     return low

@@ -167,13 +167,13 @@ class Gate:
             self._training.pop(permit.permit_id, _nothing)()
 
     def permit_for(self, weights_sha256: str) -> Permit:
-        """The permit of finished weights; `PrivacyError` when none produced them: they are not private, or another's."""
+        """The permit of finished weights; `PrivacyError` when none did: they are not private."""
         ledger = self._charging("teacher")
         with ledger.locked():
             for permit in ledger.history.permits.values():
                 if permit.weights == weights_sha256:
                     return permit
-        raise PrivacyError(f"{self.site}: expected weights of a permit, found {weights_sha256[:12]}; train anew")
+        raise PrivacyError(f"{self.site}: no permit has produced weights {weights_sha256[:12]}; train anew")
 
     def check_permit(self, permit_id: str) -> Permit:
         """A permit of this ledger; `PrivacyError` when there is none."""
@@ -193,8 +193,8 @@ class Gate:
             floor_mode: the weakest mode that the receiver accepts.
 
         Raises:
-            PrivacyError: before `payload_fn`: no permit, an unknown one, a teacher that is not finished, mode `gradient`
-                (whose models are not private), or a mode below `floor_mode`.
+            PrivacyError: before `payload_fn`: no permit, an unknown one, an unfinished teacher, mode `gradient` (whose
+                models are not private), or a mode below `floor_mode`.
         """
         order = list(MODES)
         if floor_mode not in order or order.index(self.mode) < order.index(floor_mode):
@@ -209,6 +209,13 @@ class Gate:
                     raise PrivacyError(f"{self.site}: the {permit.kind} is not finished; train it first")
         return Sealed(payload_fn(), self._ledger.head, self.mode)
 
+    def spent(self) -> list[Mechanism]:
+        """Everything that was charged so far, equal mechanisms joined; empty in mode `none`, which counts nothing."""
+        if self._ledger is None:
+            return []
+        with self._ledger.locked():
+            return self._ledger.spent()
+
     def spent_epsilon(self) -> float | None:
         """What was spent, by the enforced accountant; `None` in mode `none`, which bounds nothing."""
         if self._ledger is None or self.policy is None or self.policy.delta is None:
@@ -217,7 +224,7 @@ class Gate:
             return rdp_epsilon(self._ledger.spent(), self.policy.delta)
 
     def remaining(self) -> float | None:
-        """Budget less what was spent, not below 0; `None` in mode `none`. Epsilons do not add: a guide, not a promise."""
+        """Budget less what was spent, not below 0; `None` in mode `none`. Epsilons do not add: a guide only."""
         spent = self.spent_epsilon()
         if spent is None or self.policy is None or self.policy.epsilon is None:
             return None

@@ -80,7 +80,7 @@ def presence_rows(bits: ArrayLike) -> Array:
 
 def clip_joint(vector: ArrayLike, clip_norm: float) -> Array:
     """The whole vector, in float64, scaled down to an L2 norm of at most `clip_norm`; NaN and Inf count as 0."""
-    return clip_rows(np.asarray(vector, dtype=np.float64).reshape(1, -1), clip_norm)[0]
+    return clip_rows(np.asarray(vector, dtype=np.float64).reshape(1, -1), clip_norm).reshape(-1)
 
 
 def clip_rows(rows: ArrayLike, clip_norm: float) -> Array:
@@ -96,4 +96,5 @@ def clip_rows(rows: ArrayLike, clip_norm: float) -> Array:
     with np.errstate(over="ignore"):
         fits = peak * norm <= clip_norm
     scaled = np.divide(unit * clip_norm, norm, out=np.zeros_like(values), where=norm > 0)
-    return np.where(fits, values, scaled)
+    clipped: Array = np.where(fits, values, scaled)
+    return clipped

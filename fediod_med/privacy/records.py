@@ -87,7 +87,7 @@ def parse_record(line: bytes, where: str) -> Record:
     if not line.endswith(b"\n"):
         raise PrivacyError(
             f"{where}: the last line is incomplete; nothing left on its strength. If a power failure tore it, keep a "
-            "copy, delete the part after the last newline and open again: the witness then confirms that nothing is lost"
+            "copy, delete the part after the last newline and open again: the witness then confirms that all is there"
         )
     try:
         record = Record(**json.loads(line))

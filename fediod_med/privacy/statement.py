@@ -59,8 +59,8 @@ def privacy_statement(
         f"{versions}; policy {policy.digest()[:16]}; ledger head {newest}.",
         "Assumptions: each patient at one site only (otherwise the sites' epsilons add), secure randomness, a correct "
         f"gate (fediod-med {__version__}), key and ledger not rewritten together.",
-        "Excluded: preprocessing and training on public data, choice of hyper-parameters, side channels such as timing, "
-        "what a site learns of its own patients, and facts about a patient that follow from the population.",
+        "Excluded: preprocessing and training on public data, choice of hyper-parameters, side channels such as "
+        "timing, what a site learns of its own patients, and facts about a patient that follow from the population.",
         "Held-out patients receive no guarantee from any score reported about them.",
         empirical,
     )

@@ -42,10 +42,10 @@ class Verification:
         problems: what is wrong, in words.
         policy: in force at the end; `None` when the ledger cannot be read that far.
         head: newest readable record.
-        epsilon: of everything charged, at the policy's delta.
-        by_kind: see `KindSpent`.
+        epsilon: of everything charged, at the policy's delta; `None` when there is a problem: no claim then.
+        by_kind: see `KindSpent`; empty when there is a problem.
         signed: the signatures were checked, too.
-        statement: the claim in one paragraph; says so when the ledger does not verify.
+        statement: the claim in one paragraph, or that none is made.
     """
 
     ok: bool
@@ -81,15 +81,14 @@ def verify_ledger(
     if history.insecure or (policy is not None and policy.insecure):
         problems.append(f"{folder}: INSECURE: made with reproducible noise; epsilon is void")
     report, by_kind = None, {}
-    if policy is not None and policy.delta is not None:
+    if not problems and policy is not None and policy.delta is not None:
         report = epsilon_report(history.spent(), policy.delta, with_dp_accounting=with_dp_accounting)
         by_kind = {kind: _kind_spent(history, kind, policy.delta) for kind in sorted(history.counts)}
     newest = history.head if history.hashes else None
-    statement = privacy_statement(policy, epsilon=report, head=newest, insecure=history.insecure)
     if problems:
-        statement = (
-            f"NOT VERIFIED ({len(problems)} problem(s), the first: {problems[0]}). The ledger claims: {statement}"
-        )
+        statement = f"NOT VERIFIED: {problems[0]}. Until this is resolved, no bound on patient leakage is claimed."
+    else:
+        statement = privacy_statement(policy, epsilon=report, head=newest)
     return Verification(
         ok=not problems,
         problems=tuple(problems),
