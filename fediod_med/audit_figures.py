@@ -100,7 +100,7 @@ def write_epsilon(path: Path, result: Mapping[str, Any]) -> Path:
         for attack in result["attacks"]
     ] + [
         (
-            f"{entry['target']}, canaries",
+            _name({**entry, "attack": "canaries"}),
             entry["epsilon_lower_bound"],
             entry["ceiling"],
             None if entry["claimed_epsilon"] is None else {"epsilon": entry["claimed_epsilon"]},
@@ -117,7 +117,7 @@ def write_epsilon(path: Path, result: Mapping[str, Any]) -> Path:
         axes.barh(row, bound, height=0.45, color=ALARM if contradicted else SAFE)
         axes.plot([ceiling, ceiling], [row - 0.33, row + 0.33], color=INK, linewidth=2)
         if claim is not None:
-            axes.plot([claim["epsilon"]], [row], marker="D", color=ALARM, markersize=7)
+            axes.plot([claim["epsilon"]], [row], marker="D", color=INK, markersize=7)
     _rows(axes, [name for name, *_ in rows])
     axes.set_xlim(left=0)
     axes.margins(x=0.08)

@@ -70,6 +70,11 @@ NOT_PRIVATE_RESULT = (
     "Computed from patients without noise: this audit is not differentially private. It stays with the hospitals."
 )
 
+MEANING = (
+    "Lower bounds and tests. An audit can contradict a claim; it never proves one. Each interval stands on its own: of "
+    "many attacks that see nothing, some will seem to see something."
+)
+
 Progress = Callable[[str, int, int, str], None]
 """Called with (stage, done, total, detail)."""
 
@@ -224,7 +229,7 @@ def audit_run(
                         table.add(names, "loss against reference", who, member, loss - base)
             if name in judges:
                 score = judges[name](image.as_tensor()[None])
-                table.add((f"discriminator:{name}",), "discriminator score", who, member, score)
+                table.add((f"discriminator:{name}",), "realism score", who, member, score)
             if matcher is not None:
                 table.add_distances(who, member, matcher.distances(image.as_tensor().numpy()))
         progress(f"audit {name}", len(train) + len(held_out), len(train) + len(held_out), "")
@@ -235,8 +240,9 @@ def audit_run(
     if len(skipped) == len(sites):
         raise SettingsError(f"audit: expected held-out patients to compare with, found none ({'; '.join(skipped)})")
     table.claims["student"] = {} if student is None else _claim(student.provenance, [s.site_name for s in sites])
-    result = _result(table, one_run or {}, skipped, delta=delta, confidence=confidence, seed=seed)
-    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    found = _result(table, one_run or {}, skipped, delta=delta, confidence=confidence, seed=seed)
+    text = json.dumps(found, indent=2, allow_nan=False) + "\n"
+    result: dict[str, Any] = json.loads(text)
     write_atomically(out / AUDIT_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     if figures is not None:
         figures(out / "figures", result)
@@ -334,7 +340,7 @@ def _result(
 ) -> dict[str, Any]:
     attacks = [
         _attack(target, attack, *sides, table.claims.get(target, {}), delta=delta, confidence=confidence, seed=seed)
-        for (target, attack), sides in table.attacks().items()
+        for (target, attack), sides in sorted(table.attacks().items())
     ]
     distances = table.distances()
     nearest = None if distances is None else dataclasses.asdict(nearest_neighbour_test(*distances, seed=seed))
@@ -345,7 +351,7 @@ def _result(
         "notice": NOT_FOR_CLINICAL_USE,
         "kind": "privacy audit",
         "not_private": NOT_PRIVATE_RESULT,
-        "meaning": "Lower bounds and tests. An audit can refute a claim; it never proves one.",
+        "meaning": MEANING,
         "confidence": confidence,
         "delta": delta,
         "seed": seed,
