@@ -142,7 +142,8 @@ def run_files(folder: Path, sites: Sequence[str]) -> RunFiles:
     """
     found: dict[str, Path] = {}
     for site in sites:
-        places = (folder / "teachers" / site / "model.safetensors", folder / site / "models" / "model.safetensors")
+        home = folder / "teachers" / site
+        places = (home / "model.safetensors", home / "models" / "model.safetensors")
         present = [path for path in places if path.is_file()]
         if present:
             found[site] = present[0]
