@@ -59,6 +59,7 @@ class History:
         self.counts: Counter[str] = Counter()  # charges by kind
         self._steps: dict[str, Counter[tuple[float, float]]] = {}
         self._by_sequence: dict[int, Charge] = {}
+        self._policy_digest = ""
 
     @property
     def head(self) -> Head:
@@ -94,7 +95,7 @@ class History:
     def _add(self, record: Record) -> None:
         if record.event == "open":
             self._take_up(record)
-        if record.policy != self.policy.digest():
+        if record.policy != self._policy_digest:
             raise PrivacyError(f"ledger record {record.sequence}: names a policy that is not in force")
         if record.event in ("charge", "train"):
             self._charge(record)
@@ -114,6 +115,7 @@ class History:
                 f"ledger record {record.sequence}: another site or other patients; they need a new ledger"
             )
         self.policies.append(policy)
+        self._policy_digest = policy.digest()
 
     def _charge(self, record: Record) -> None:
         body = record.body

@@ -64,6 +64,7 @@ class PrivacyLedger:
             raise PrivacyError(f"{key_folder}: the key folder must not lie inside the ledger's folder; move it")
         self.folder = folder
         self.policy = policy
+        self._digest = policy.digest()
         self.history = History()
         self._insecure = insecure
         self._path = folder / LEDGER
@@ -136,11 +137,10 @@ class PrivacyLedger:
             raise PrivacyError("ledger: append outside of locked()")
         if event != "open" and self.history.policy != self.policy:
             raise PrivacyError(f"{self.folder}: another process took up another policy meanwhile; open the gate again")
-        digest = self.policy.digest()
         time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         head = self.head
         record = Record(
-            head.sequence + 1, time, event, head.hash, digest, __version__, self._insecure, dict(body)
+            head.sequence + 1, time, event, head.hash, self._digest, __version__, self._insecure, dict(body)
         ).signed(self._key)  # fmt: skip
         try:
             self._take_in(record)

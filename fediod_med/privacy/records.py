@@ -7,7 +7,7 @@ import hmac
 import io
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from fediod_med.errors import PrivacyError
@@ -64,7 +64,7 @@ class Record:
 
     def line(self) -> bytes:
         """The record as it stands in the file, newline included."""
-        return canonical(asdict(self)) + b"\n"
+        return canonical(_fields(self)) + b"\n"
 
     def signed(self, key: bytes) -> Record:
         """The same record with its HMAC and hash."""
