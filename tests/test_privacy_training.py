@@ -14,7 +14,8 @@ from fediod_med.checkpoints import load_state, save_state
 from fediod_med.errors import PrivacyError
 from fediod_med.networks import build_segmenter
 from fediod_med.privacy.mechanisms import Mechanism
-from fediod_med.privacy.noise import SeededNoise
+from fediod_med.privacy.noise import OsNoise, SeededNoise
+from fediod_med.privacy.optimizer import PatientOptimizer
 from fediod_med.privacy.row_loss import per_row_dice_ce
 from fediod_med.privacy.trainable import select_trainable
 from fediod_med.privacy.training import Checkpoints, PrivateSchedule, PrivateTrainer, rate, train_private
@@ -328,3 +329,85 @@ def test_the_rate_warms_up_and_falls_to_zero():
     assert all(a > b for a, b in itertools.pairwise(rates[1:]))
     assert 0 < rates[-1] < 0.01
     assert rate(0, 1) == 1
+
+
+# Planted faults: each must make the test named beside it fail.
+
+
+def shuffled(count, rate, source=None):
+    """The fault: batches of a fixed size."""
+    return np.random.default_rng().permutation(count)[: round(count * rate)]
+
+
+def apart(trainer, index_draw):
+    """The fault: each crop is clipped as if it were a patient."""
+
+    def step(draw, public=None):
+        def crops(index):
+            image, label = draw(index)
+            for one in range(len(image) - 1):
+                index_draw(trainer, image[one : one + 1], label[one : one + 1])
+                trainer.optimizer.add_patient()
+            return image[-1:], label[-1:]
+
+        return PrivateTrainer.step(trainer, crops, public)
+
+    return step
+
+
+def test_planted_fixed_batches_are_found(monkeypatch):
+    monkeypatch.setattr("fediod_med.privacy.training.poisson_draw", shuffled)
+    with pytest.raises(AssertionError):
+        test_draws_are_poisson_and_not_batches_of_a_fixed_size()
+
+
+def test_planted_clipping_of_crops_apart_is_found(monkeypatch):
+    made = PrivateTrainer.__init__
+
+    def init(self, *arguments, **settings):
+        made(self, *arguments, **settings)
+        monkeypatch.setattr(self, "step", apart(self, PrivateTrainer._backward))
+
+    monkeypatch.setattr(PrivateTrainer, "__init__", init)
+    with pytest.raises(AssertionError, match=r"4\.0.* == 0\.5"):  # eight crops moved the sum by 8 C
+        test_a_patient_counts_once_however_many_crops_it_has()
+
+
+def test_a_planted_mean_over_the_drawn_is_found(monkeypatch):
+    add_patient = PatientOptimizer.add_patient
+    drawn = []
+
+    def counted(self):
+        drawn.append(1)
+        return add_patient(self)
+
+    def by_the_drawn(self):
+        for p in self.params:
+            p.grad /= max(1, len(drawn))
+        drawn.clear()
+
+    monkeypatch.setattr(PatientOptimizer, "add_patient", counted)
+    monkeypatch.setattr(PatientOptimizer, "scale_grad", by_the_drawn)
+    with pytest.raises(AssertionError):
+        test_a_step_is_the_clipped_sum_over_the_declared_number()
+
+
+def test_planted_noise_from_a_fixed_seed_is_found(monkeypatch):
+    monkeypatch.setattr("fediod_med.privacy.training.OsNoise", lambda: SeededNoise(0))
+    with pytest.raises(AssertionError):
+        test_two_runs_differ_and_the_weights_carry_the_promised_noise("sgd")
+
+
+def test_planted_noise_of_half_the_deviation_is_found(monkeypatch):
+    normal = OsNoise.normal
+    monkeypatch.setattr(OsNoise, "normal", lambda self, shape: normal(self, shape) / 2)
+    with pytest.raises(AssertionError):
+        test_two_runs_differ_and_the_weights_carry_the_promised_noise("sgd")
+
+
+def test_without_a_fault_the_same_tests_pass():
+    """The five above fail by the fault and not by being called from here."""
+    test_draws_are_poisson_and_not_batches_of_a_fixed_size()
+    test_a_patient_counts_once_however_many_crops_it_has()
+    test_a_step_is_the_clipped_sum_over_the_declared_number()
+    test_two_runs_differ_and_the_weights_carry_the_promised_noise("sgd")
