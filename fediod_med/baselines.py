@@ -81,11 +81,12 @@ def ensemble_predictor(
     return predict
 
 
-def presence_counts(labels: Sequence[Tensor]) -> Tensor:
-    """`(4,)` patients whose label map shows each class, from maps `(1, D, H, W)`; background counts every patient."""
-    seen = torch.stack([torch.tensor([bool((label == c).any()) for c in range(4)]) for label in labels]).float()
-    seen[:, 0] = 1
-    return seen.sum(dim=0)
+def presence_bits(labels: Sequence[Sequence[Tensor]]) -> Tensor:
+    """`(patients, 4)` of 0 and 1: the classes each patient's label maps `(1, D, H, W)` show; background always."""
+    seen = [[any(bool((label == c).any()) for label in maps) for c in range(4)] for maps in labels]
+    bits = torch.tensor(seen).float().reshape(len(labels), 4)
+    bits[:, 0] = 1
+    return bits
 
 
 def weights_path(folder: Path, site: str) -> Path | None:

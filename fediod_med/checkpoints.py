@@ -6,6 +6,7 @@ spacing and privacy must be known before a network may touch a scan.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -79,6 +80,16 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], provenance: Prove
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
     header = {_HEADER: json.dumps(asdict(provenance), sort_keys=True)}
     write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata=header)))
+
+
+def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values of weights, hex; the order of names does not matter."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_provenance(path: Path) -> Provenance:

@@ -32,6 +32,8 @@ app = typer.Typer(
 )
 site_app = typer.Typer(no_args_is_help=True, help="One hospital: its settings, its teacher, its own evaluation.")
 app.add_typer(site_app, name="site")
+privacy_app = typer.Typer(no_args_is_help=True, help="What a run or a hospital promises, checked and attacked.")
+app.add_typer(privacy_app, name="privacy")
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; new or empty unless --resume.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
@@ -57,13 +59,26 @@ def main() -> None:
 
 @app.command()
 def demo(
-    out: Out = Path("runs/demo"), seed: Seed = 0, device: Device = "auto", resume: Resume = False, quiet: Quiet = False
+    out: Out = Path("runs/demo"),
+    epsilon: Annotated[float, typer.Option(help="Privacy budget of each hospital; 0: NOT PRIVATE.")] = 0.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    resume: Resume = False,
+    quiet: Quiet = False,
 ) -> None:
     """Three phantom hospitals from nothing to a segmented scan: teachers, distillation, comparison, bundle, figures."""
     from fediod_med.runs import run_demo
 
     with _progress(quiet) as progress:
-        result = run_demo(out=out, seed=seed, device=device, resume=resume, progress=progress)
+        result = run_demo(
+            out=out,
+            epsilon=epsilon,
+            seed=seed,
+            device=device,
+            resume=resume,
+            progress=progress,
+            announce=_announce,
+        )
     _print_result(result)
     typer.echo(
         "Next, with your own data: `fediod segment -i CASE_FOLDER -o out`; "
@@ -118,7 +133,7 @@ def distill(
     divergence: Annotated[str, typer.Option(help="jensen_shannon, or released (published code).")] = "jensen_shannon",
     teachers: Annotated[Path | None, typer.Option(help="Folder of trained teachers; else trained here.")] = None,
     compare: Annotated[bool, typer.Option(help="Also train the rows kd_phantoms and pooled.")] = True,
-    pool: Annotated[int, typer.Option(help="Public phantoms the centre draws from.")] = 160,
+    pool: Annotated[int, typer.Option(help="Public phantoms the centre draws from.")] = 240,
     seed: Seed = 0,
     device: Device = "auto",
     resume: Resume = False,
@@ -149,6 +164,7 @@ def distill(
             compare=compare,
             resume=resume,
             progress=progress,
+            announce=_announce,
         )
     _print_result(result)
     typer.echo(f"Next: fediod segment -i CASE_FOLDER -o out --model {out}")
@@ -297,7 +313,8 @@ def site_verify(hospital: str, sites: SitesDir = Path("sites"), data_root: DataR
             typer.echo(f"{subject.subject_id}: {error}", err=True)
     typer.echo(
         f"{site.site_name}: {len(train)} scans to train on, {len(test)} held out (fold {site.fold} of {site.folds}), "
-        f"{broken} defective; privacy mode {site.privacy_mode}: NOT PRIVATE"
+        f"{broken} defective; privacy mode {site.privacy_mode}"
+        + (f", epsilon {site.epsilon:g} at delta {site.delta:g}" if site.private else ": NOT PRIVATE")
     )
     if broken:
         raise typer.Exit(1)
@@ -326,8 +343,10 @@ def site_train(
             output_dir=out or sites / hospital / "models",
             device=device,
             on_epoch=lambda done, total, loss: progress(f"teacher {hospital}", done, total, f"loss {loss:.3f}"),
+            on_step=lambda done, total: progress(f"teacher {hospital}", done, total, "private steps"),
         )
-    typer.echo(f"Wrote {path}. NOT PRIVATE: these weights must not leave the hospital.")
+    promise = f"Trained privately, epsilon {site.epsilon:g} in all" if site.privacy_mode == "dp-sgd" else "NOT PRIVATE"
+    typer.echo(f"Wrote {path}. {promise}: these weights must not leave the hospital.")
 
 
 @site_app.command("evaluate")
@@ -351,6 +370,81 @@ def site_evaluate(
         device=device,
     )
     typer.echo(f"Wrote {folder}. {NOT_FOR_CLINICAL_USE}")
+
+
+@privacy_app.command("report")
+def privacy_report(target: Annotated[Path, typer.Argument(help="Run folder or site folder.")]) -> None:
+    """State what each hospital's patients are promised, recomputed from the ledgers."""
+    from fediod_med.claims import check_claim, find_claims
+
+    for claim in find_claims(target):
+        found = check_claim(claim)
+        typer.echo(f"{claim.site}: {found.statement}")
+        for kind, spent in found.by_kind.items():
+            typer.echo(
+                f"  {kind}: {spent.charges} charged, {spent.finished} finished, epsilon {spent.epsilon:.4g} on its own"
+            )
+    typer.echo(NOT_FOR_CLINICAL_USE)
+
+
+@privacy_app.command("verify")
+def privacy_verify(target: Annotated[Path, typer.Argument(help="Run folder or site folder.")]) -> None:
+    """Check ledgers, policies and claimed epsilons; exit code 1 if anything is wrong or nothing is promised."""
+    from fediod_med.claims import check_claim, find_claims
+
+    failed = False
+    for claim in find_claims(target):
+        found = check_claim(claim)
+        failed |= not found.ok
+        if found.ok and found.epsilon is not None:
+            report = found.epsilon
+            others = {"PRV": report.prv, "exact": report.exact, "dp-accounting": report.dp_accounting}
+            more = "".join(f", {name} {value:.4g}" for name, value in others.items() if value is not None)
+            signed = "signatures checked" if found.signed else "no key at hand: hashes checked, signatures not"
+            typer.echo(f"{claim.site}: verified, epsilon {report.rdp:.4g} by RDP{more}; {signed}")
+        for problem in found.problems:
+            typer.echo(f"{claim.site}: {problem}", err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+@privacy_app.command("audit")
+def privacy_audit(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    sites: SitesDir,
+    data_root: DataRoot = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for audit.json; <run>/audit.")] = None,
+    spacing: Spacing = None,
+    roi: Roi = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Attack a run as an insider would: lower bounds on what its networks and volumes reveal about patients."""
+    from fediod_med.audit_figures import write_audit_figures
+    from fediod_med.auditing import audit_run, run_files
+    from fediod_med.resources import public_prior
+    from fediod_med.sites import load_sites
+
+    hospitals = [_changed(site, spacing, roi, None) for site in load_sites(sites, data_root=data_root)]
+    with _progress(quiet) as progress:
+        result = audit_run(
+            hospitals,
+            files=run_files(run, [site.site_name for site in hospitals]),
+            out=out or run / "audit",
+            reference=public_prior(),
+            figures=write_audit_figures,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    for line in result["statements"]:
+        typer.echo(line)
+    for line in result["alarms"]:
+        typer.echo(f"ALARM: {line}", err=True)
+    typer.echo(f"Wrote {out or run / 'audit'}. {NOT_FOR_CLINICAL_USE}")
+    if result["alarms"]:
+        raise typer.Exit(1)
 
 
 def _changed(site: Site, spacing: float | None, roi: int | None, epochs: int | None) -> Site:
@@ -407,6 +501,10 @@ def _progress(quiet: bool) -> Iterator[Progress]:
             bars.update(tasks[stage], completed=done, total=total, detail=detail)
 
         yield show
+
+
+def _announce(line: str) -> None:
+    typer.echo(f"privacy, {line}", err=True)
 
 
 def _print_result(result: Any) -> None:

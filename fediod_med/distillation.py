@@ -29,7 +29,7 @@ from fediod_med.checkpoints import load_state, save_state
 from fediod_med.data.sampler import PublicBatch, PublicSampler
 from fediod_med.data.transforms import flip_together, jitter
 from fediod_med.devices import autocast
-from fediod_med.ensemble import merge, site_shares
+from fediod_med.ensemble import competence_weights, merge, public_dice, site_shares
 from fediod_med.errors import ProtocolError, SettingsError, WeightsError
 from fediod_med.losses import (
     class_balance,
@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 CLASSES = 4
 TISSUES = 7
+COMPETENCE_MEMORY = 0.9
+REHEARSAL_DRAWS = 20_000_000  # the sampler's draws from here on are the student's own; rounds count from 1
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class GeneratorObjective:
         transfer: subtracted `KL(q || S(x))`: volumes on which the student still errs.
         divergence: `jensen_shannon`, or `released` for the published formula.
         realism_weights: whether the ensemble weighs hospitals by their discriminator's confidence.
+        competence: temperature of the weights by Dice on phantoms whose truth is public; 0: no such weights.
     """
 
     gan: float = 1.0
@@ -72,10 +75,18 @@ class GeneratorObjective:
     transfer: float = 0.2
     divergence: str = "jensen_shannon"
     realism_weights: bool = True
+    competence: float = 0.05
 
 
 PAPER_OBJECTIVE = GeneratorObjective(
-    gan=1.0, clarity=1.0, unique=1.0, mask=0.0, balance=10.0, transfer=1.0, divergence="jensen_shannon"
+    gan=1.0,
+    clarity=1.0,
+    unique=1.0,
+    mask=0.0,
+    balance=10.0,
+    transfer=1.0,
+    divergence="jensen_shannon",
+    competence=0.0,
 )
 """The terms and relative weights of the paper's default script, without a mask."""
 
@@ -89,26 +100,28 @@ class Schedule:
         batch: synthetic volumes a round.
         student_steps: steps on the replay buffer a round.
         student_batch: volumes a student step.
-        student_rate: peak learning rate of the student's AdamW, warmed up, cosine to 0 over the run; low, since the
-            student starts from the prior and higher rates were measured to undo it.
+        student_rate: peak learning rate of the student's AdamW, warmed up, cosine to 0 over the run.
         generator_rate: of the generator's Adam (betas .5, .999).
         replay: pairs kept.
         ema: decay of the averaged student and generator, per step.
         phantom_share: share of rounds whose volumes are the phantoms themselves, not the generator's; spread evenly.
         truth: weight of the label map m beside the ensemble in the student's target (0: ensemble alone).
+        rehearsal: share of each student batch drawn afresh from the simulator with its label map as the target; the
+            pairs of the replay buffer are few, and the student would forget its prior on them.
         checkpoint_every: rounds between checkpoints.
     """
 
     rounds: int = 120
     batch: int = 2
-    student_steps: int = 4
+    student_steps: int = 6
     student_batch: int = 2
-    student_rate: float = 1e-4
+    student_rate: float = 5e-4
     generator_rate: float = 1e-4
-    replay: int = 48
+    replay: int = 120
     ema: float = 0.99
     phantom_share: float = 0.5
-    truth: float = 0.25
+    truth: float = 0.0
+    rehearsal: float = 0.5
     checkpoint_every: int = 25
 
 
@@ -124,6 +137,7 @@ class DistillationState:
     generator_optimizer: torch.optim.Optimizer | None
     replay: deque[dict[str, Tensor]]
     counts: Tensor | None = None
+    dice: Tensor | None = None  # (K, C), running mean of the teachers' Dice on phantoms
     round: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -135,6 +149,7 @@ class DistillationState:
             "student_optimizer": self.student_optimizer.state_dict(),
             "replay": list(self.replay),
             "counts": self.counts,
+            "dice": self.dice,
             "round": self.round,
             "history": self.history,
         }
@@ -164,6 +179,7 @@ class DistillationState:
         self.replay.clear()
         self.replay.extend(state["replay"])
         self.counts = state["counts"]
+        self.dice = state["dice"]
         self.round = state["round"]
         self.history = state["history"]
 
@@ -247,16 +263,37 @@ def distill(
             adversarial=generator is not None,
             differentiate=asking is not None,
             snapshot=at_checkpoint and checkpoint is not None,
+            rounds=schedule.rounds,
         )
         probs, realism, counts = _stack(answers, federation.site_names, state.counts, device)
         record: dict[str, float] = {"round": number, "sites": len(answers)}
+        present = [index for index, site in enumerate(federation.site_names) if site in answers]
+        if asking is None and public is not None:
+            _learn_competence(state, probs, public, present, everyone)
         if asking is None:
-            q = merge(probs, counts, realism=realism if objective.realism_weights else None)
+            q = merge(
+                probs,
+                counts,
+                realism=realism if objective.realism_weights else None,
+                competence=_competence(state, objective, present),
+            )
         else:
-            q, terms = _generator_step(state, hospitals, answers, x, probs, realism, counts, public, objective, number)
+            q, terms = _generator_step(
+                state,
+                hospitals,
+                answers,
+                x,
+                probs,
+                realism,
+                counts,
+                public,
+                objective,
+                number,
+                federation.site_names,
+            )
             record |= terms
         state.replay.append(_pair(x, q, public))
-        record |= _student_steps(state, schedule, number, random, device)
+        record |= _student_steps(state, schedule, number, sampler, random, device)
         state.history.append(record)
         state.round = number
         if at_checkpoint and checkpoint is not None:
@@ -315,6 +352,11 @@ def _check(
 ) -> None:
     if min(schedule.batch, schedule.replay, schedule.checkpoint_every) < 1:
         raise SettingsError(f"distillation: expected batch, replay, checkpoint_every of 1 or more, found {schedule}")
+    if schedule.rehearsal < 0 or round(schedule.rehearsal * schedule.student_batch) >= schedule.student_batch:
+        raise SettingsError(
+            f"distillation: expected a rehearsal that leaves at least one of {schedule.student_batch} volumes of a "
+            f"batch to the replay buffer, found {schedule.rehearsal}"
+        )
     if not 0 <= schedule.phantom_share <= 1:
         raise SettingsError(f"distillation: expected a phantom_share of 0 to 1, found {schedule.phantom_share}")
     conditional = generator is not None and generator.mode == "conditional"
@@ -326,6 +368,11 @@ def _check(
         raise SettingsError(
             f"distillation: expected divergence jensen_shannon or released, found {objective.divergence!r}"
         )
+
+
+def generator_rounds(schedule: Schedule) -> int:
+    """Rounds that ask about the generator's volumes, and so need a pull-back, where there is a public sampler."""
+    return schedule.rounds - math.floor(schedule.rounds * schedule.phantom_share)
 
 
 def _is_phantom_round(number: int, public: PublicBatch | None, share: float) -> bool:
@@ -391,6 +438,26 @@ def _stack(
     return probs, realism, counts[[sites.index(site) for site in present]].to(device)
 
 
+def _learn_competence(
+    state: DistillationState, probs: Tensor, public: PublicBatch, present: list[int], everyone: int
+) -> None:
+    """Running mean of each answering hospital's Dice on phantoms; a hospital's first answer counts in full."""
+    found = public_dice(probs, public.classes.to(probs.device)).cpu()
+    if state.dice is None:
+        state.dice = torch.full((everyone, CLASSES), float("nan"))
+    before = state.dice[present]
+    state.dice[present] = torch.where(
+        before.isnan(), found, COMPETENCE_MEMORY * before + (1 - COMPETENCE_MEMORY) * found
+    )
+
+
+def _competence(state: DistillationState, objective: GeneratorObjective, present: list[int]) -> Tensor | None:
+    """Weights `(K, C)` of the answering hospitals; none before each of them has answered about a phantom."""
+    if not objective.competence or state.dice is None or bool(state.dice[present].isnan().any()):
+        return None
+    return competence_weights(state.dice[present], objective.competence)
+
+
 def _generator_step(
     state: DistillationState,
     hospitals: _Hospitals,
@@ -402,6 +469,7 @@ def _generator_step(
     public: PublicBatch | None,
     objective: GeneratorObjective,
     number: int,
+    names: tuple[str, ...],
 ) -> tuple[Tensor, dict[str, float]]:
     """One step of G; returns the ensemble `(B, C, D, H, W)` and the value of each term."""
     generator, optimizer, average = state.generator, state.generator_optimizer, state.generator_average
@@ -409,7 +477,13 @@ def _generator_step(
     shares = site_shares(counts)
     leaves = probs.requires_grad_(True)
     leaf_x = x.detach().requires_grad_(True)
-    q = merge(leaves, counts, realism=realism if objective.realism_weights else None)
+    sites = [index for index, site in enumerate(names) if site in answers]
+    q = merge(
+        leaves,
+        counts,
+        realism=realism if objective.realism_weights else None,
+        competence=_competence(state, objective, sites),
+    )
 
     terms = {"clarity": (shares * torch.stack([prediction_entropy(p) for p in leaves])).sum()}
     if objective.divergence == "released":
@@ -470,23 +544,36 @@ def _pair(x: Tensor, q: Tensor, public: PublicBatch | None) -> dict[str, Tensor]
 
 
 def _student_steps(
-    state: DistillationState, schedule: Schedule, number: int, random: torch.Generator, device: torch.device
+    state: DistillationState,
+    schedule: Schedule,
+    number: int,
+    sampler: PublicSampler | None,
+    random: torch.Generator,
+    device: torch.device,
 ) -> dict[str, float]:
-    """Steps on the replay buffer: `KL(q || S) + soft Dice(S, q)`, with the label map blended in by `truth`."""
+    """Steps on the replay buffer: `KL(q || S) + soft Dice(S, q)`, with the label map blended in by `truth`.
+
+    A share `rehearsal` of each batch comes from the simulator instead, with its label map alone as the target.
+    """
     losses: list[float] = []
+    rehearsed = round(schedule.rehearsal * schedule.student_batch)
     volumes = [(i, j) for i, pair in enumerate(state.replay) for j in range(pair["x"].shape[0])]
     for step in range(schedule.student_steps):
         done = (number - 1) * schedule.student_steps + step
         rate = _learning_rate(done, schedule.rounds * schedule.student_steps) * schedule.student_rate
         for group in state.student_optimizer.param_groups:
             group["lr"] = rate
-        chosen = torch.randint(len(volumes), (schedule.student_batch,), generator=random).tolist()
+        public = rehearsed if sampler is not None else 0
+        chosen = torch.randint(len(volumes), (schedule.student_batch - public,), generator=random).tolist()
         batch = [{name: t[j] for name, t in state.replay[i].items()} for i, j in (volumes[c] for c in chosen)]
         x = torch.stack([b["x"] for b in batch]).float()
         target = torch.stack([b["q"] for b in batch]).float()
         if schedule.truth and "classes" in batch[0]:
             truth = one_hot(torch.stack([b["classes"] for b in batch]), CLASSES)
             target = (1 - schedule.truth) * target + schedule.truth * truth
+        if sampler is not None and public:
+            phantoms = sampler.draw(REHEARSAL_DRAWS + done, public)
+            x, target = torch.cat([x, phantoms.base]), torch.cat([target, one_hot(phantoms.classes, CLASSES)])
         x, target = flip_together([jitter(x, random), target], random)
         x, target = x.to(device), target.to(device)
         with autocast(device):

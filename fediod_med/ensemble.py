@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from fediod_med.losses import entropy_map
 
@@ -52,22 +53,55 @@ def entropy_confidence(probs: Tensor, temperature: float) -> Tensor:
     return torch.exp((entropies.amin(dim=0) - entropies) / temperature).unsqueeze(2)
 
 
+def public_dice(probs: Tensor, classes: Tensor) -> Tensor:
+    """Soft Dice of each hospital and class on volumes whose truth is public (phantoms).
+
+    Args:
+        probs: `(K, B, C, ...)`.
+        classes: `(B, ...)` integers.
+
+    Returns:
+        `(K, C)`, over the whole batch; 1 where a class is absent from truth and answers alike.
+    """
+    truth = one_hot(classes.long(), probs.shape[2]).movedim(-1, 1).to(probs)
+    axes = [1, *range(3, probs.dim())]
+    overlap = (probs * truth).sum(dim=axes)
+    return (2 * overlap + 1) / (probs.sum(dim=axes) + truth.sum(dim=[0, *range(2, truth.dim())]) + 1)
+
+
+def competence_weights(dice: Tensor, temperature: float) -> Tensor:
+    """`exp(Dice_k^c / tau)`, relative to the best hospital of each class (weight 1); `(K, C)` to `(K, C)`.
+
+    The centre knows the label map of a phantom, so it can tell without any patient how well a hospital answers.
+    """
+    return torch.exp((dice - dice.amax(dim=0)) / temperature)
+
+
 def merge(
-    probs: Tensor, counts: Tensor, *, realism: Tensor | None = None, entropy_temperature: float | None = None
+    probs: Tensor,
+    counts: Tensor,
+    *,
+    realism: Tensor | None = None,
+    entropy_temperature: float | None = None,
+    competence: Tensor | None = None,
 ) -> Tensor:
-    """Ensemble `q^c ∝ sum_k w_k^c [sigmoid(D_k)] [exp(-H_k / tau)] p_k^c`, renormalised over classes.
+    """Ensemble `q^c ∝ sum_k w_k^c [c_k^c] [sigmoid(D_k)] [exp(-H_k / tau)] p_k^c`, renormalised over classes.
 
     Args:
         probs: `(K, B, C, ...)`.
         counts: `(K, C)`, see `class_ratio_weights`.
         realism: `(K, B)` mean patch logits; omitted: no discriminator confidence.
         entropy_temperature: tau in nats; omitted: no voxel confidence.
+        competence: `(K, C)`, see `competence_weights`; omitted: all alike.
 
     Returns:
         `(B, C, ...)`, summing to 1 over classes.
     """
     spatial = [1] * (probs.dim() - 3)
-    weights = class_ratio_weights(counts).to(probs).view(probs.shape[0], 1, probs.shape[2], *spatial)
+    by_class = class_ratio_weights(counts).to(probs)
+    if competence is not None:
+        by_class = by_class * competence.to(probs)
+    weights = by_class.view(probs.shape[0], 1, probs.shape[2], *spatial)
     if realism is not None:
         weights = weights * realism_confidence(realism).to(probs).view(*probs.shape[:2], 1, *spatial)
     if entropy_temperature is not None:

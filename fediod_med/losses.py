@@ -30,7 +30,7 @@ def generator_adversarial(fake_logits: Tensor, criterion: str) -> Tensor:
     """
     if criterion == "hinge":
         return -fake_logits.mean()
-    return _towards_real(fake_logits, criterion)
+    return _towards_real(fake_logits, criterion).mean()
 
 
 def discriminator_adversarial(fake_logits: Tensor, real_logits: Tensor, criterion: str) -> Tensor:
@@ -39,17 +39,28 @@ def discriminator_adversarial(fake_logits: Tensor, real_logits: Tensor, criterio
     `hinge` is relu(1 + d) on synthetic and relu(1 - d) on real patches, `bce` softplus(d) and softplus(-d),
     `least_squares` d^2 and (d - 1)^2; `SettingsError` on any other criterion.
     """
-    fake = fake_logits.square().mean() if criterion == "least_squares" else _towards_real(-fake_logits, criterion)
-    return (fake + _towards_real(real_logits, criterion)) / 2
+    return (synthetic_adversarial(fake_logits, criterion) + real_adversarial(real_logits, criterion).mean()) / 2
+
+
+def synthetic_adversarial(fake_logits: Tensor, criterion: str) -> Tensor:
+    """The synthetic half of `discriminator_adversarial`: mean over volumes and patches."""
+    if criterion == "least_squares":
+        return fake_logits.square().mean()
+    return _towards_real(-fake_logits, criterion).mean()
+
+
+def real_adversarial(real_logits: Tensor, criterion: str) -> Tensor:
+    """The real half of `discriminator_adversarial`, one number per volume: `(B, 1, ...)` to `(B,)`."""
+    return _towards_real(real_logits, criterion).flatten(1).mean(dim=1)
 
 
 def _towards_real(logits: Tensor, criterion: str) -> Tensor:
     if criterion == "hinge":
-        return torch.relu(1 - logits).mean()
+        return torch.relu(1 - logits)
     if criterion == "bce":
-        return softplus(-logits).mean()
+        return softplus(-logits)
     if criterion == "least_squares":
-        return (logits - 1).square().mean()
+        return (logits - 1).square()
     raise SettingsError(f"adversarial loss: expected hinge, bce or least_squares, found {criterion!r}")
 
 

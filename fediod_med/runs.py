@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 import uuid
@@ -22,7 +23,6 @@ from fediod_med.baselines import (
     ensemble_predictor,
     network_predictor,
     prepare,
-    presence_counts,
     weights_path,
 )
 from fediod_med.checkpoints import (
@@ -36,7 +36,6 @@ from fediod_med.data.layouts import Subject, find_cases
 from fediod_med.data.nifti import read_label, read_subject, write_volumes
 from fediod_med.data.phantoms import Grid, Profile, hospital_profiles, write_cohort
 from fediod_med.data.sampler import PublicSampler
-from fediod_med.data.transforms import preprocessing
 from fediod_med.devices import pick_device
 from fediod_med.distillation import (
     PAPER_OBJECTIVE,
@@ -50,18 +49,19 @@ from fediod_med.errors import SettingsError
 from fediod_med.evaluation import SubjectScore, evaluate_predictor, paired_difference, summarise, write_scores
 from fediod_med.export import bundle_weights, write_central_bundle
 from fediod_med.federation.embedded import EmbeddedFederation
-from fediod_med.federation.node import SiteNode
+from fediod_med.hospitals import announcements, copy_ledger, open_federation, open_hospital, privacy_record
 from fediod_med.inference import privacy_banner, segment_subject, write_case
 from fediod_med.labels import LabelScheme, get_scheme
 from fediod_med.networks import Generator, build_segmenter
 from fediod_med.prior import train_prior
+from fediod_med.privacy import statement
+from fediod_med.privacy.records import Head
 from fediod_med.resources import NOT_FOR_CLINICAL_USE, public_prior
 from fediod_med.sites import Site, check_disjoint, load_sites
 from fediod_med.teacher import WEIGHTS, labelled, train_teacher, warm_start
 
 logger = logging.getLogger(__name__)
 
-NOT_PRIVATE = "NOT PRIVATE"
 STUDENT: Mapping[str, Any] = {"backbone": "unet", "width": 16, "depth": 4, "in_channels": 4, "out_channels": 4}
 MODES = ("conditional", "unconditional")
 SYNTHETIC_VOLUMES = 4
@@ -89,16 +89,6 @@ class RunResult:
     bundle: Path
 
 
-@dataclass(frozen=True)
-class _Hospital:
-    """One site with what its node needs, all of it on the site's own machine in a real federation."""
-
-    site: Site
-    teacher: nn.Module
-    counts: Tensor
-    volumes: tuple[Tensor, ...]
-
-
 def run_distillation(
     sites: Sequence[Site],
     *,
@@ -108,12 +98,13 @@ def run_distillation(
     schedule: Schedule | None = None,
     mode: str = "conditional",
     objective: GeneratorObjective | None = None,
-    pool: int = 160,
+    pool: int = 240,
     teachers: Path | None = None,
     compare: bool = True,
     resume: bool = False,
     data_name: str = "patients",
     progress: Progress = silent,
+    announce: Callable[[str], None] = logger.info,
 ) -> RunResult:
     """Distil one student from several hospitals in one process, and write the run folder.
 
@@ -131,10 +122,12 @@ def run_distillation(
         resume: continue an interrupted run of the same folder.
         data_name: `patients` or `phantoms`; printed beside every score.
         progress: see `Progress`.
+        announce: receives what each hospital's privacy will cost, before anything is trained or asked.
 
     Raises:
         SettingsError: hospitals or options do not fit together, or the folder is in use.
         InputError: data are not what the site files say.
+        PrivacyError: a ledger is missing or damaged, or a budget does not cover the run.
     """
     if mode not in MODES:
         raise SettingsError(f"mode: expected {' or '.join(MODES)}, found {mode!r}")
@@ -146,6 +139,8 @@ def run_distillation(
     if objective is None:
         objective = GeneratorObjective() if mode == "conditional" else PAPER_OBJECTIVE
     clock = _Clock()
+    for line in announcements(sites, schedule, compare=compare):
+        announce(line)
 
     with clock("phantoms"):
         sampler = PublicSampler(
@@ -157,15 +152,31 @@ def run_distillation(
         )
     with clock("teachers"):
         hospitals = [
-            _open_hospital(
-                site, out=out, seed=seed, device=device, teachers=teachers, sampler=sampler, progress=progress
+            open_hospital(
+                site,
+                out=out,
+                seed=seed,
+                device=device,
+                teachers=teachers,
+                sampler=sampler,
+                on_epoch=_on_epoch(progress, f"teacher {site.site_name}"),
+                on_step=_on_step(progress, f"teacher {site.site_name}"),
             )
             for site in sites
         ]
-    counts = torch.stack([hospital.counts for hospital in hospitals])
+    heads = _read_heads(out)
+    for hospital in hospitals:
+        hospital.gate.witness(heads.get(hospital.site.site_name))
 
     def student_with(generator: Generator | None, name: str) -> tuple[DistillationState, EmbeddedFederation]:
-        federation = _federation(hospitals, out=out, seed=seed, device=compute_on)
+        federation = open_federation(
+            hospitals,
+            out=out,
+            seed=seed,
+            run_id=f"{run_id}-{name}",
+            device=compute_on,
+            adversarial=generator is not None,
+        )
         torch.manual_seed(seed)
         student = warm_start(build_segmenter(**STUDENT), init="auto", spec=STUDENT)
         state = distill(
@@ -183,12 +194,15 @@ def run_distillation(
             resume=resume,
             on_round=lambda r: progress(f"distil {name}", int(r["round"]), schedule.rounds, _losses(r)),
         )
+        _write_heads(out, federation)
         return state, federation
 
     torch.manual_seed(seed)
     with clock("distillation"):
         state, federation = student_with(Generator(mode, size=roi), "student")
-    student_provenance = _provenance("student", sites, spacing, roi, seed, schedule, data_name)
+    assert state.counts is not None  # asked for in the first round
+    privacy = {hospital.site.site_name: privacy_record(hospital) for hospital in hospitals}
+    student_provenance = _provenance("student", privacy, spacing, roi, seed, schedule, data_name)
     student_weights = out / "student.safetensors"
     save_weights(student_weights, state.student_average.module.state_dict(), student_provenance)
 
@@ -200,7 +214,7 @@ def run_distillation(
         f"site:{h.site.site_name}": network_predictor(h.teacher, scans, roi=roi, device=compute_on) for h in hospitals
     }
     predictors["ensemble"] = ensemble_predictor(
-        [h.teacher for h in hospitals], counts, scans, roi=roi, device=compute_on
+        [h.teacher for h in hospitals], state.counts, scans, roi=roi, device=compute_on
     )
     prior, _ = load_segmenter(public_prior(), compute_on)
     predictors["prior"] = network_predictor(prior, scans, roi=roi, device=compute_on)
@@ -216,13 +230,15 @@ def run_distillation(
             pooled = _pooled(sites, out=out, seed=seed, device=device, sampler=sampler, progress=progress)
         predictors["pooled"] = network_predictor(pooled, scans, roi=roi, device=compute_on)
 
+    for hospital in hospitals:
+        copy_ledger(hospital, out / "privacy" / hospital.site.site_name)
     scores: dict[str, list[SubjectScore]] = {}
     with clock("evaluation"):
         for done, (key, predict) in enumerate(predictors.items()):
             progress("evaluate", done, len(predictors), key)
             scores[key] = evaluate_predictor(predict, cases)
         progress("evaluate", len(predictors), len(predictors), "")
-    summary = _summary(scores, sites, data_name, seed, schedule, objective, mode, federation, clock.seconds)
+    summary = _summary(scores, sites, privacy, data_name, seed, schedule, objective, mode, federation, clock.seconds)
     bundle = write_central_bundle(
         out / "bundle",
         state.student_average.module.state_dict(),
@@ -239,7 +255,7 @@ def run_distillation(
         summary=summary,
         history=[{k: v for k, v in record.items() if k != "sites"} for record in state.history],
         panel=_panel(cases[0], predictors, synthetic, spacing, data_name),
-        banner=f"{NOT_PRIVATE}. {data_name}. {NOT_FOR_CLINICAL_USE}",
+        banner=f"{privacy_banner(student_provenance)}. {data_name}. {NOT_FOR_CLINICAL_USE}",
     )
     reporting.write_json(out / "summary.json", summary)
     reporting.write_json(
@@ -256,7 +272,7 @@ def run_distillation(
                 "objective": dataclasses.asdict(objective),
                 "sites": {site.site_name: _plain(site) for site in sites},
             },
-            privacy={site.site_name: site.privacy_mode for site in sites},
+            privacy=privacy,
             seeds={"run": seed},
             seconds=clock.seconds,
             inputs=[path for _, subject in scans_of for path in dict.fromkeys(subject.images.values())],
@@ -267,24 +283,36 @@ def run_distillation(
 
 
 def run_demo(
-    *, out: Path, seed: int = 0, device: str = "auto", resume: bool = False, progress: Progress = silent
+    *,
+    out: Path,
+    epsilon: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = False,
+    progress: Progress = silent,
+    announce: Callable[[str], None] = logger.info,
 ) -> RunResult:
-    """Three unlike phantom hospitals, from nothing to a segmented unseen scan; scores are phantom scores."""
+    """Three unlike phantom hospitals, from nothing to a segmented unseen scan; scores are phantom scores.
+
+    With `epsilon`, the hospitals have more patients, a budget and a ledger each, and train by DP-SGD.
+    """
     if not (out / "sites").is_dir():
         if out.is_dir() and any(out.iterdir()):
             raise SettingsError(f"{out}: expected a new or empty folder; choose another --out")
-        write_phantom_sites(out, seed=seed, progress=progress)
+        cases = PRIVATE_DEMO_CASES if epsilon else DEMO_CASES
+        write_phantom_sites(out, seed=seed, cases=cases, epsilon=epsilon, progress=progress)
     sites = load_sites(out / "sites")
     result = run_distillation(
         sites,
         out=out,
         seed=seed,
         device=device,
-        schedule=Schedule(rounds=60, student_steps=4, checkpoint_every=20),
-        pool=120,
+        schedule=Schedule(rounds=60, student_steps=8, student_rate=1e-3, checkpoint_every=20),
+        pool=160,
         resume=resume,
         data_name="phantoms",
         progress=progress,
+        announce=announce,
     )
     network, provenance = load_segmenter(result.bundle / "models" / "model.safetensors")
     progress("segment an unseen scan", 0, 1, "")
@@ -298,11 +326,16 @@ def run_demo(
     return result
 
 
+DEMO_CASES = 12
+PRIVATE_DEMO_CASES = 32  # a budget of 8 drowns a hospital of 9 patients in noise
 DEMO_HOSPITALS = ("academic-3t", "community-1t", "thick-slices")
 
 
-def write_phantom_sites(out: Path, *, seed: int, cases: int = 12, progress: Progress = silent) -> None:
+def write_phantom_sites(
+    out: Path, *, seed: int, cases: int = DEMO_CASES, epsilon: float = 0.0, progress: Progress = silent
+) -> None:
     """Write three phantom hospitals (scans and site files) and one unseen scan of a fourth below `out`."""
+    privacy = f"epsilon: {float(epsilon)}\n" if epsilon else "privacy_mode: none\n"
     profiles = {profile.name: profile for profile in hospital_profiles()}
     grid = Grid((48, 48, 48), 4.0)
     for number, name in enumerate(DEMO_HOSPITALS):
@@ -319,7 +352,7 @@ def write_phantom_sites(out: Path, *, seed: int, cases: int = 12, progress: Prog
         text = (
             f"# A phantom hospital: no patient.\nsite_name: {name}\nlayout: brats2018\nlabel_scheme: brats2018\n"
             f"dataset_dir: ../../hospitals/{name}\nsubject_pattern: Brats18_{prefix}_\nfolds: 4\nfold: 0\n"
-            f"spacing: 4.0\nroi: 48\nbackbone: unet\nepochs: 8\nprivacy_mode: none\n"
+            f"spacing: 4.0\nroi: 48\nbackbone: unet\nepochs: 8\n{privacy}"
         )
         path = out / "sites" / name / "site.yaml"
         _write_text(path, text)
@@ -445,63 +478,6 @@ def _write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _open_hospital(
-    site: Site,
-    *,
-    out: Path,
-    seed: int,
-    device: str,
-    teachers: Path | None,
-    sampler: PublicSampler,
-    progress: Progress,
-) -> _Hospital:
-    name = site.site_name
-    site = dataclasses.replace(site, seed=site.seed + seed)
-    trained = weights_path(out / "teachers" if teachers is None else teachers, name)
-    if trained is None and teachers is not None:
-        raise SettingsError(
-            f"{teachers}: expected {name}/model.safetensors, found none; run `fediod site train {name}`"
-        )
-    if trained is None:
-        trained = train_teacher(
-            site,
-            output_dir=out / "teachers" / name,
-            device=device,
-            public=sampler if site.rehearsal else None,
-            on_epoch=lambda done, total, loss: progress(f"teacher {name}", done, total, f"loss {loss:.3f}"),
-        )
-    teacher, provenance = load_segmenter(trained)
-    if provenance.spacing != site.spacing:
-        raise SettingsError(
-            f"{trained}: trained at {provenance.spacing:g} mm, this run works at {site.spacing:g} mm; train it again"
-        )
-    steps = preprocessing(spacing=site.spacing, with_label=True)
-    loaded = [steps(item) for item in labelled(site.subjects()[0], site.label_scheme)]
-    return _Hospital(
-        site,
-        teacher,
-        presence_counts([item["label"].as_tensor() for item in loaded]),
-        tuple(item["image"].as_tensor() for item in loaded),
-    )
-
-
-def _federation(hospitals: Sequence[_Hospital], *, out: Path, seed: int, device: torch.device) -> EmbeddedFederation:
-    return EmbeddedFederation(
-        {
-            h.site.site_name: SiteNode(
-                h.site.site_name,
-                h.teacher,
-                h.counts,
-                real_volumes=h.volumes,
-                state_dir=out / "site_state" / h.site.site_name,
-                seed=seed,
-                device=device,
-            )
-            for h in hospitals
-        }
-    )
-
-
 def _pooled(
     sites: Sequence[Site], *, out: Path, seed: int, device: str, sampler: PublicSampler, progress: Progress
 ) -> nn.Module:
@@ -533,15 +509,21 @@ def _pooled(
 
 
 def _provenance(
-    kind: str, sites: Sequence[Site], spacing: float, roi: int, seed: int, schedule: Schedule, data_name: str
+    kind: str,
+    privacy: Mapping[str, Mapping[str, Any]],
+    spacing: float,
+    roi: int,
+    seed: int,
+    schedule: Schedule,
+    data_name: str,
 ) -> Provenance:
     return Provenance(
         kind=kind,
         network=STUDENT,
         spacing=spacing,
         label_scheme="brats2018",
-        sites=tuple(site.site_name for site in sites),
-        privacy={site.site_name: {"mode": site.privacy_mode, "epsilon": None, "delta": None} for site in sites},
+        sites=tuple(privacy),
+        privacy=privacy,
         trained_on=f"synthetic volumes, answered by teachers trained on {data_name}",
         seed=seed,
         settings={"roi": roi, "rounds": schedule.rounds, "student_steps": schedule.student_steps},
@@ -552,6 +534,7 @@ def _provenance(
 def _summary(
     scores: Mapping[str, list[SubjectScore]],
     sites: Sequence[Site],
+    privacy: Mapping[str, Mapping[str, Any]],
     data_name: str,
     seed: int,
     schedule: Schedule,
@@ -565,8 +548,8 @@ def _summary(
     site_means = [row["mean"] for key, row in rows.items() if key.startswith("site:")]
     return {
         "notice": NOT_FOR_CLINICAL_USE,
-        "privacy": {site.site_name: {"mode": site.privacy_mode, "epsilon": None, "delta": None} for site in sites},
-        "privacy_statement": f"{NOT_PRIVATE}: this run is not differentially private; no bound on leakage is claimed.",
+        "privacy": {site: dict(terms) for site, terms in privacy.items()},
+        "privacy_statement": _statement(privacy),
         "data": data_name,
         "seed": seed,
         "mode": mode,
@@ -586,6 +569,40 @@ def _summary(
         "bytes": {"down": federation.bytes_down, "up": federation.bytes_up},
         "seconds": dict(seconds),
     }
+
+
+def _statement(privacy: Mapping[str, Mapping[str, Any]]) -> str:
+    """The run's privacy in a sentence: as weak as its weakest hospital."""
+    bare = [site for site, terms in privacy.items() if terms["epsilon"] is None]
+    if bare:
+        return f"NOT PRIVATE ({', '.join(bare)}). {statement.NOT_PRIVATE}"
+    worst = max(float(terms["epsilon"]) for terms in privacy.values())
+    return (
+        f"Differentially private per patient at each of {len(privacy)} hospitals: epsilon at most {worst:.4g} (RDP); "
+        f"summary.json has the full statement of each, `fediod privacy verify` checks it. Scores on held-out patients "
+        f"are not covered."
+    )
+
+
+def _read_heads(out: Path) -> dict[str, Head]:
+    """The newest ledger states that this run's centre has seen, from an earlier start of the run."""
+    path = out / "heads.json"
+    if not path.is_file():
+        return {}
+    return {site: Head(**head) for site, head in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def _write_heads(out: Path, federation: EmbeddedFederation) -> None:
+    heads = _read_heads(out) | federation.heads
+    reporting.write_json(out / "heads.json", {site: dataclasses.asdict(head) for site, head in heads.items()})
+
+
+def _on_epoch(progress: Progress, stage: str) -> Callable[[int, int, float], None]:
+    return lambda done, total, loss: progress(stage, done, total, f"loss {loss:.3f}")
+
+
+def _on_step(progress: Progress, stage: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(stage, done, total, "private steps")
 
 
 def _write_synthetic(

@@ -24,6 +24,9 @@ from fediod_med.labels import get_scheme
 from fediod_med.networks import BACKBONES
 
 INITS = ("auto", "prior", "random")
+PRIVACY_MODES = ("none", "dp-sgd", "gradient")
+TRAINABLE = ("all", "decoder", "head", "norms")
+LARGEST_DELTA = 1e-5  # beyond it, a small cohort's delta permits publishing one whole patient
 SITE_FILE = "site.yaml"
 TEMPLATE = "template"
 
@@ -56,7 +59,22 @@ class Site:
         learning_rate: peak.
         seed: of training.
         num_workers: of the data loader.
-        privacy_mode: `none`; every output is then stamped NOT PRIVATE.
+        privacy_mode: `none` (every output is then stamped NOT PRIVATE), `dp-sgd` or `gradient`; a site file that sets
+            `epsilon` and no mode means `dp-sgd`.
+        epsilon: budget of the hospital's patients for everything that ever leaves; 0: none.
+        delta: of the budget, at most 1e-5.
+        clip_norm: C, of one patient's gradient (`dp-sgd`) or of one release (`gradient`).
+        sample_rate: q, chance of each patient to take part in a private step.
+        private_steps: T, private steps of the teacher; takes the place of epochs.
+        crops: of one patient in a private step, clipped together.
+        physical_batch: crops in memory at once during a private step.
+        trainable: what a private step may change: `all`, `decoder`, `head` or `norms`.
+        discriminator_steps: private steps of the discriminator over all rounds; it is frozen afterwards.
+        discriminator_share: of the budget (share of the sum of squared GDP mu).
+        counts_share: of the budget, for the noisy class counts.
+        releases: planned answers and pull-backs in mode `gradient`.
+        ledger_dir: folder of the ledger, from the site's folder or absolute.
+        key_dir: folder of the ledger's key and witness; never inside `ledger_dir`.
     """
 
     folder: Path
@@ -83,6 +101,25 @@ class Site:
     seed: int = 0
     num_workers: int = 0
     privacy_mode: str = "none"
+    epsilon: float = 0.0
+    delta: float = 1e-5
+    clip_norm: float = 1.0
+    sample_rate: float = 0.5
+    private_steps: int = 60
+    crops: int = 2
+    physical_batch: int = 4
+    trainable: str = "all"
+    discriminator_steps: int = 40
+    discriminator_share: float = 0.15
+    counts_share: float = 0.05
+    releases: int = 200
+    ledger_dir: str = "privacy"
+    key_dir: str = "keys"
+
+    @property
+    def private(self) -> bool:
+        """Whether any privacy is promised."""
+        return self.privacy_mode != "none"
 
     @property
     def data_root(self) -> Path:
@@ -138,6 +175,7 @@ def load_site(folder: Path, *, data_root: Path | None = None) -> Site:
     missing = [key for key in _REQUIRED if key not in values]
     if missing:
         raise SettingsError(f"{path}: expected key {missing[0]!r}, found none; add it")
+    values.setdefault("privacy_mode", "dp-sgd" if values.get("epsilon") else "none")
     site = Site(folder=folder.resolve(), **{key: _typed(path, key, value) for key, value in values.items()})
     check_settings(site)
     return site if data_root is None else dataclasses.replace(site, dataset_dir=str(data_root.resolve()))
@@ -174,12 +212,12 @@ def check_settings(site: Site) -> None:
         "layout": (site.layout, LAYOUTS),
         "backbone": (site.backbone, BACKBONES),
         "init": (site.init, INITS),
-        "privacy_mode": (site.privacy_mode, ("none",)),
+        "privacy_mode": (site.privacy_mode, PRIVACY_MODES),
+        "trainable": (site.trainable, TRAINABLE),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
-            more = "; differential privacy is not built yet" if key == "privacy_mode" else ""
-            raise SettingsError(f"{path}: key {key!r}: expected one of {', '.join(allowed)}, found {value!r}{more}")
+            raise SettingsError(f"{path}: key {key!r}: expected one of {', '.join(allowed)}, found {value!r}")
     for key in _TYPES:
         value = getattr(site, key)
         if isinstance(value, str) and not _safe(value):
@@ -206,8 +244,38 @@ def check_settings(site: Site) -> None:
         raise SettingsError(f"{path}: num_workers and seed: expected 0 or more, found {site.num_workers}, {site.seed}")
     if site.folds < 1 or not 0 <= site.fold < site.folds:
         raise SettingsError(f"{path}: expected folds >= 1 and 0 <= fold < folds, found {site.folds} and {site.fold}")
+    _check_privacy(site, path)
     if bool(site.partition_csv) != bool(site.partition_id):
         raise SettingsError(f"{path}: partition_csv and partition_id belong together; found only one of them")
+
+
+def _check_privacy(site: Site, path: Path) -> None:
+    if not (math.isfinite(site.epsilon) and site.epsilon >= 0):
+        raise SettingsError(f"{path}: epsilon: expected a finite budget of 0 or more, found {site.epsilon}")
+    if site.private and site.epsilon == 0:
+        raise SettingsError(f"{path}: privacy_mode {site.privacy_mode} needs a budget; set epsilon above 0")
+    if not site.private and site.epsilon:
+        raise SettingsError(
+            f"{path}: epsilon {site.epsilon:g} with privacy_mode none would promise what nothing keeps; remove one"
+        )
+    if not 0 < site.delta <= LARGEST_DELTA:
+        raise SettingsError(f"{path}: delta: expected above 0 and at most {LARGEST_DELTA:g}, found {site.delta}")
+    if not (math.isfinite(site.clip_norm) and site.clip_norm > 0):
+        raise SettingsError(f"{path}: clip_norm: expected a positive number, found {site.clip_norm}")
+    if not 0 < site.sample_rate <= 1:
+        raise SettingsError(f"{path}: sample_rate: expected above 0 and at most 1, found {site.sample_rate}")
+    for key in ("private_steps", "crops", "physical_batch", "discriminator_steps", "releases"):
+        if getattr(site, key) < 1:
+            raise SettingsError(f"{path}: {key}: expected 1 or more, found {getattr(site, key)}")
+    shares = site.discriminator_share, site.counts_share
+    if min(shares) <= 0 or sum(shares) >= 1:
+        raise SettingsError(
+            f"{path}: discriminator_share and counts_share: expected positive shares that leave some for the teacher, "
+            f"found {shares[0]:g} and {shares[1]:g}"
+        )
+    ledger, keys = (site.folder / site.ledger_dir).resolve(), (site.folder / site.key_dir).resolve()
+    if keys == ledger or ledger in keys.parents:
+        raise SettingsError(f"{path}: key_dir: expected a folder outside ledger_dir {ledger}, found {keys}")
 
 
 def check_disjoint(sites: Sequence[Site]) -> None:

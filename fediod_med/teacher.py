@@ -56,6 +56,19 @@ def check_site_file(site_dir: str) -> None:
         load_site(folder)
 
 
+def check_plain_training(site_name: str, privacy_mode: str) -> None:
+    """Refuse to train without privacy at a site that promises private training.
+
+    Raises:
+        SettingsError: the mode is `dp-sgd`.
+    """
+    if privacy_mode == "dp-sgd":
+        raise SettingsError(
+            f"site {site_name}: privacy_mode dp-sgd is trained by train_private.yaml, and train.yaml protects nobody; "
+            f"use `fediod site train {site_name}`, or name train_private.yaml"
+        )
+
+
 def written_classes(folder: str | Path, scheme: str) -> Callable[[Subject], np.ndarray]:
     """Reader of the label maps `<id>_seg.nii.gz` that a bundle wrote to `folder`, for scoring what is on disk."""
 
@@ -243,8 +256,11 @@ def train_teacher(
     kind: str = "teacher",
     trained_on: str = "patients of one hospital",
     on_epoch: Callable[[int, int, float], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Train one hospital's teacher by running its bundle in this process.
+
+    A site of mode `dp-sgd` is trained privately, by `train_private.yaml`, and charged to its ledger.
 
     Args:
         site: settings; use `dataclasses.replace` to override any of them.
@@ -254,7 +270,8 @@ def train_teacher(
         public: phantoms for rehearsal; made by the bundle when omitted.
         kind: of the provenance.
         trained_on: of the provenance.
-        on_epoch: receives (epoch, epochs, loss).
+        on_epoch: receives (epoch, epochs, loss); never called in a private training.
+        on_step: receives (step, steps) of a private training.
 
     Returns:
         The weights file.
@@ -269,13 +286,15 @@ def train_teacher(
         "device_name": device,
         "ckpt_dir": str(output_dir),
         "train_data": labelled(site.subjects()[0], site.label_scheme) if data is None else list(data),
-        "kind": kind,
-        "trained_on": trained_on,
-        "on_epoch": on_epoch,
     }
     if public is not None:
         override["public"] = public
-    _run_bundle("train", override)
+    if site.privacy_mode == "dp-sgd":
+        if data is not None:
+            raise SettingsError(f"{site.site_name}: a private training uses the site's own patients, and no others")
+        _run_bundle("train_private", {**override, "site": site, "on_step": on_step})
+    else:
+        _run_bundle("train", {**override, "kind": kind, "trained_on": trained_on, "on_epoch": on_epoch})
     return path
 
 
@@ -317,7 +336,7 @@ def _run_bundle(phase: str, override: Mapping[str, Any]) -> None:
             config_file=[str(configs / "common.yaml"), str(configs / f"{phase}.yaml")],
             meta_file=str(configs / "metadata.json"),
             logging_file=False,
-            workflow_type="train" if phase == "train" else "inference",
+            workflow_type="train" if phase.startswith("train") else "inference",
             bundle_root=str(root),
             **override,
         )

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fediod_med import distillation
 from fediod_med.checkpoints import load_state
 from fediod_med.data.phantoms import Grid, load_anatomy
 from fediod_med.data.sampler import PublicBatch, PublicSampler
@@ -30,8 +31,10 @@ from fediod_med.distillation import (
 )
 from fediod_med.errors import ProtocolError, SettingsError, WeightsError
 from fediod_med.federation.embedded import EmbeddedFederation
+from fediod_med.federation.critic import PlainCritic
 from fediod_med.federation.node import SiteNode
 from fediod_med.networks import Generator, build_segmenter
+from fediod_med.privacy.gate import Gate
 from fediod_med.prior import train_prior
 from fediod_med.protocol import Query, Reply, SiteFailure, pack
 
@@ -74,13 +77,18 @@ class Bench:
             name: SiteNode(
                 name,
                 copy.deepcopy(self.teachers[index]),
-                torch.tensor([9.0, 4, 5, 6]) - index,
-                real_volumes=volumes[2 * index : 2 * index + 2],
-                state_dir=self.folder / name,
-                seed=1,
+                (torch.arange(9)[:, None] < torch.tensor([9, 4, 5, 6]) - index).float(),
+                critic=PlainCritic(
+                    name,
+                    volumes[2 * index : 2 * index + 2],
+                    state_dir=self.folder / name,
+                    seed=1,
+                    device=CPU,
+                    width=4,
+                    layers=1,
+                ),
+                gate=Gate.unprotected(name),
                 device=CPU,
-                width=4,
-                layers=1,
             )
             for index, name in enumerate(SITES)
         }
@@ -192,6 +200,30 @@ def test_the_replay_buffer_keeps_the_newest_pairs_in_half_precision(bench: Bench
         assert torch.equal(pair["x"], public.base.half()) and torch.equal(pair["classes"], public.classes.byte())
         assert pair["q"].dtype == torch.float16
         assert torch.allclose(pair["q"].float().sum(1), torch.ones(2, SIZE, SIZE, SIZE), atol=2e-3)
+
+
+def test_rehearsal_draws_fresh_phantoms_whose_target_is_the_label_map_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both halves of a batch are seen at the loss: the rehearsed target is one-hot, the ensemble's is not."""
+    drawn: list[tuple[int, int]] = []
+    sharp: list[list[bool]] = []
+    draw, divergence = bench.sampler.draw, distillation.transfer_divergence
+
+    def noted_draw(step: int, batch: int) -> PublicBatch:
+        drawn.append((step, batch))
+        return draw(step, batch)
+
+    def noted_divergence(target: Tensor, logits: Tensor) -> Tensor:
+        sharp.append([bool((volume.amax(0) == 1).all()) for volume in target])
+        return divergence(target, logits)
+
+    monkeypatch.setattr(bench.sampler, "draw", noted_draw)
+    monkeypatch.setattr(distillation, "transfer_divergence", noted_divergence)
+    bench.distill(mode=None, schedule=replace(SHORT, student_batch=3, rehearsal=1 / 3))
+    rehearsed = [(step, batch) for step, batch in drawn if step >= distillation.REHEARSAL_DRAWS]
+    assert rehearsed == [(distillation.REHEARSAL_DRAWS + i, 1) for i in range(SHORT.rounds * SHORT.student_steps)]
+    assert sharp == [[False, False, True]] * len(rehearsed)
 
 
 def test_student_steps_cost_no_traffic(bench: Bench) -> None:
@@ -396,6 +428,8 @@ def test_replies_of_another_round_do_not_count(bench: Bench) -> None:
         ({"schedule": replace(SHORT, replay=0)}, "replay"),
         ({"schedule": replace(SHORT, checkpoint_every=0)}, "checkpoint_every"),
         ({"schedule": replace(SHORT, phantom_share=1.5)}, "phantom_share"),
+        ({"schedule": replace(SHORT, rehearsal=0.9)}, "rehearsal"),
+        ({"schedule": replace(SHORT, rehearsal=-0.4)}, "rehearsal"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anyone_is_asked(
@@ -504,8 +538,10 @@ from fediod_med.data.phantoms import Grid, load_anatomy
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.distillation import GeneratorObjective, Schedule, distill
 from fediod_med.federation.embedded import EmbeddedFederation
+from fediod_med.federation.critic import PlainCritic
 from fediod_med.federation.node import SiteNode
 from fediod_med.networks import Generator, build_segmenter
+from fediod_med.privacy.gate import Gate
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -518,8 +554,9 @@ def run(folder, *, pause, resume):
     nodes = {}
     for index, name in enumerate(("north", "south")):
         torch.manual_seed(index)
-        nodes[name] = SiteNode(name, build_segmenter("unet", width=4, depth=2), torch.tensor([9.0, 4, 5, 6]) - index,
-            real_volumes=volumes[index:], state_dir=folder / name, seed=1, device=CPU, width=4, layers=1)
+        nodes[name] = SiteNode(name, build_segmenter("unet", width=4, depth=2), torch.ones(9, 4), gate=Gate.unprotected(name),
+            critic=PlainCritic(name, volumes[index:], state_dir=folder / name, seed=1, device=CPU, width=4, layers=1),
+            device=CPU)
     torch.manual_seed(7)
 
     def on_round(record):

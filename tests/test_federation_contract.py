@@ -13,10 +13,12 @@ from torch import Tensor
 from fediod_med.distillation import softmax_pull_back
 from fediod_med.ensemble import merge, site_shares
 from fediod_med.errors import ProtocolError
+from fediod_med.federation.critic import PlainCritic
 from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.node import SiteNode
 from fediod_med.losses import mask_cross_entropy, prediction_entropy, teacher_divergence
 from fediod_med.networks import build_segmenter
+from fediod_med.privacy.gate import Gate
 from fediod_med.protocol import Query, Reply, SiteFailure, pack, unpack
 
 CPU = torch.device("cpu")
@@ -38,13 +40,18 @@ def nodes(folder: Path) -> dict[str, SiteNode]:
         made[name] = SiteNode(
             name,
             build_segmenter("unet", width=4, depth=2),
-            COUNTS[index],
-            real_volumes=[torch.randn(4, 18, 16, 16)],
-            state_dir=folder / name,
-            seed=1,
+            (torch.arange(9)[:, None] < COUNTS[index]).float(),
+            critic=PlainCritic(
+                name,
+                [torch.randn(4, 18, 16, 16)],
+                state_dir=folder / name,
+                seed=1,
+                device=CPU,
+                width=4,
+                layers=1,
+            ),
+            gate=Gate.unprotected(name),
             device=CPU,
-            width=4,
-            layers=1,
         )
     return made
 
@@ -97,7 +104,7 @@ def test_the_gradient_split_over_hospitals_equals_one_graph(tmp_path: Path, seri
     def ask(queries: Mapping[str, Query]) -> list[Mapping[str, Tensor]]:
         if serialised:
             return good(federation.ask(queries, quorum=3, timeout_s=60))
-        return [sites[name].handle(query).tensors for name, query in queries.items()]
+        return [sites[name]._reply(query).tensors for name, query in queries.items()]
 
     probs = torch.stack([reply["probs"] for reply in ask(dict.fromkeys(SITES, answer(x)))])
     probs = probs / probs.sum(dim=2, keepdim=True)
@@ -114,7 +121,7 @@ def test_the_gradient_split_over_hospitals_equals_one_graph(tmp_path: Path, seri
 
 def test_messages_change_answers_by_fp16_rounding_only(tmp_path: Path) -> None:
     x = unpack(pack(answer(volume()))).tensors["x"]
-    raw = nodes(tmp_path / "a")["north"].handle(answer(x)).tensors
+    raw = nodes(tmp_path / "a")["north"]._reply(answer(x)).tensors
     (sent,) = good(EmbeddedFederation(nodes(tmp_path / "b")).ask({"north": answer(x)}, quorum=1, timeout_s=60))
     for name, tensor in raw.items():
         assert (tensor - sent[name]).abs().max() <= 2e-3 * tensor.abs().max(), name
@@ -185,13 +192,26 @@ def test_replies_are_made_in_the_node_alone() -> None:
     assert makers == {"federation/node.py", "protocol.py"}
 
 
-def test_the_node_makes_no_reply_from_its_scans() -> None:
-    """The scans are read in one method; what it returns goes into the discriminator's step only."""
-    path = Path(__file__).resolve().parent.parent / "fediod_med" / "federation" / "node.py"
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    methods = [m for c in tree.body if isinstance(c, ast.ClassDef) and c.name == "SiteNode" for m in c.body]
+@pytest.mark.parametrize(
+    ("critic", "scans", "readers", "patches", "users"),
+    [
+        ("PlainCritic", "_volumes", {"__init__", "judge", "real_batch"}, "real_batch", {"_step"}),
+        ("PrivateCritic", "_patients", {"__init__", "_patches"}, "_patches", {"judge"}),
+    ],
+)
+def test_the_node_makes_no_reply_from_its_scans(
+    critic: str, scans: str, readers: set[str], patches: str, users: set[str]
+) -> None:
+    """The node has no scans; a critic reads them in one method, whose result goes into its update only."""
+    folder = Path(__file__).resolve().parent.parent / "fediod_med" / "federation"
+    node = ast.parse((folder / "node.py").read_text(encoding="utf-8"))
+    assert not any(
+        isinstance(part, ast.Attribute) and part.attr in ("patients", "dataset_dir") for part in ast.walk(node)
+    )
+    tree = ast.parse((folder / "critic.py").read_text(encoding="utf-8"))
+    methods = [m for c in tree.body if isinstance(c, ast.ClassDef) and c.name == critic for m in c.body]
 
-    def users(name: str) -> set[str]:
+    def mentions(name: str) -> set[str]:
         return {
             method.name
             for method in methods
@@ -200,5 +220,16 @@ def test_the_node_makes_no_reply_from_its_scans() -> None:
             if isinstance(part, ast.Attribute) and part.attr == name
         }
 
-    assert users("_real_volumes") == {"__init__", "_answer", "_real_batch"}
-    assert users("_real_batch") == {"_discriminator_step"}
+    assert mentions(scans) == readers
+    assert mentions(patches) == users
+
+
+def test_only_the_gate_seals_what_leaves() -> None:
+    package = Path(__file__).resolve().parent.parent / "fediod_med"
+    makers = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] == "Sealed"
+    }
+    assert makers == {"privacy/gate.py"}

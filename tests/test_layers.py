@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("runs",),  # whole-run procedures: the demo, the folder of a distillation run
     ("reporting", "audit_figures", "export"),
+    ("hospitals",),  # the hospitals of an embedded run, opened
     (
         "evaluation",
         "teacher",
@@ -27,10 +28,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "baselines",
         "prior",
         "auditing",
+        "claims",
         "federation.embedded",
         "federation.flare",
     ),
-    ("federation.node",),
+    ("federation.node", "private_teacher"),
+    ("federation.critic", "site_gate"),
     ("inference", "sites", "findings", "dicom", "data.sampler"),
     ("data.transforms", "data.phantoms"),
     ("data.nifti", "data.partitions", "checkpoints", "ensemble"),
@@ -141,7 +144,7 @@ def test_imports_point_down(path: Path) -> None:
         ("labels", "def f():\n    import fediod_med.sites", ["line 2: labels"]),
         ("labels", "if TYPE_CHECKING:\n    from fediod_med import sites", ["labels (layer 2) imports sites"]),
         ("labels", "import_module('fediod_med.sites')", ["labels (layer 2) imports sites"]),
-        ("teacher", "from fediod_med.evaluation import evaluate", ["teacher (layer 8) imports evaluation (layer 8)"]),
+        ("teacher", "from fediod_med.evaluation import evaluate", ["teacher (layer 9) imports evaluation (layer 9)"]),
         ("privacy.ledger", "from fediod_med.privacy.accounting import epsilon", []),
         ("sites", "from fediod_med import Site", ["imports from a package's __init__ (fediod_med)"]),
         ("sites", "from fediod_med.data import Subject", ["imports from a package's __init__ (data)"]),

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from fediod_med.errors import ProtocolError
-from fediod_med.federation.node import KEEP_SNAPSHOTS, SiteNode
+from fediod_med.federation.critic import KEEP_SNAPSHOTS, PlainCritic
+from fediod_med.federation.node import SiteNode
 from fediod_med.losses import discriminator_adversarial, generator_adversarial
 from fediod_med.networks import build_segmenter
+from fediod_med.privacy.gate import Gate
 from fediod_med.protocol import REPLY_FIELDS, Query, Reply, unpack
 from fediod_med.protocol import pack as pack_message
 
 CPU = torch.device("cpu")
 SIZE = 16
+PRESENCE = (torch.arange(9)[:, None] < torch.tensor([9, 4, 5, 6])).float()
 
 
 @pytest.fixture
@@ -36,9 +39,14 @@ def volumes(seed: int = 0, edges: Sequence[int] = (20, 16, 12)) -> list[Tensor]:
 def node(folder: Path, name: str = "hospital-a", **settings: Any) -> SiteNode:
     torch.manual_seed(len(name))
     teacher = build_segmenter("unet", width=4, depth=2)
-    arguments: dict[str, Any] = {"real_volumes": volumes(), "seed": 5, "device": CPU, "width": 4, "layers": 1}
-    counts = torch.tensor([9, 4, 5, 6])
-    return SiteNode(name, teacher, counts, state_dir=folder, **{**arguments, **settings})
+    settings = {"real_volumes": volumes(), "seed": 5, "device": CPU, "width": 4, "layers": 1, **settings}
+    judge = PlainCritic(name, settings.pop("real_volumes"), state_dir=folder, **settings)
+    return SiteNode(name, teacher, PRESENCE, critic=judge, gate=Gate.unprotected(name), device=CPU)
+
+
+def critic(site: SiteNode) -> PlainCritic:
+    assert isinstance(site._critic, PlainCritic)
+    return site._critic
 
 
 def batch(seed: int) -> Tensor:
@@ -47,7 +55,7 @@ def batch(seed: int) -> Tensor:
 
 def ask(site: SiteNode, number: int, *, run_id: str = "run-1", x: Tensor | None = None, **settings: Any) -> Reply:
     settings = {"adversarial": True, **settings}
-    return site.handle(Query("answer", run_id, number, {"x": batch(number) if x is None else x}, settings))
+    return site._reply(Query("answer", run_id, number, {"x": batch(number) if x is None else x}, settings))
 
 
 def same(a: Reply, b: Reply) -> bool:
@@ -56,9 +64,9 @@ def same(a: Reply, b: Reply) -> bool:
 
 def test_replies_carry_the_listed_tensors_only(tmp_path: Path) -> None:
     site = node(tmp_path)
-    described = site.handle(Query("describe", "run-1", 0))
+    described = unpack(site.handle(Query("describe", "run-1", 0)).payload)
     answer = ask(site, 1, differentiate=True)
-    pulled = site.handle(Query("pull_back", "run-1", 1, {"logit_gradient": torch.randn(2, 4, SIZE, SIZE, SIZE)}))
+    pulled = site._reply(Query("pull_back", "run-1", 1, {"logit_gradient": torch.randn(2, 4, SIZE, SIZE, SIZE)}))
     plain = ask(site, 2, adversarial=False)
     for reply, fields in (
         (described, {"class_counts"}),
@@ -88,7 +96,7 @@ def test_realism_and_its_gradient_are_those_of_the_updated_discriminator(tmp_pat
     x = batch(1)
     reply = ask(site, 1, x=x).tensors
     leaf = x.clone().requires_grad_(True)
-    logits = site._discriminator(leaf)
+    logits = critic(site).discriminator(leaf)
     generator_adversarial(logits, criterion).backward()
     assert torch.allclose(reply["realism"], logits.flatten(1).mean(1))
     assert leaf.grad is not None and torch.allclose(reply["x_gradient"], leaf.grad, atol=1e-7)
@@ -110,8 +118,12 @@ def test_discriminator_steps_lower_its_loss(tmp_path: Path, criterion: str) -> N
 
     def loss() -> float:
         with torch.no_grad():
-            patches = site._real_batch((SIZE, SIZE, SIZE), 999)
-            return float(discriminator_adversarial(site._discriminator(fake), site._discriminator(patches), criterion))
+            patches = critic(site).real_batch((SIZE, SIZE, SIZE), 999)
+            return float(
+                discriminator_adversarial(
+                    critic(site).discriminator(fake), critic(site).discriminator(patches), criterion
+                )
+            )
 
     before = loss()
     realism = [float(ask(site, number, x=fake).tensors["realism"].mean()) for number in range(1, 13)]
@@ -124,7 +136,7 @@ def test_the_teacher_never_changes(tmp_path: Path) -> None:
     before = copy.deepcopy(site._teacher.state_dict())
     for number in (1, 2, 3):
         ask(site, number, differentiate=True)
-        site.handle(Query("pull_back", "run-1", number, {"logit_gradient": torch.randn(2, 4, SIZE, SIZE, SIZE)}))
+        site._reply(Query("pull_back", "run-1", number, {"logit_gradient": torch.randn(2, 4, SIZE, SIZE, SIZE)}))
     assert all(torch.equal(before[name], tensor) for name, tensor in site._teacher.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in site._teacher.parameters())
     assert not site._teacher.training
@@ -135,7 +147,7 @@ def test_pull_back_is_the_vector_jacobian_product(tmp_path: Path) -> None:
     site = node(tmp_path)
     x, g = batch(1), torch.randn(2, 4, SIZE, SIZE, SIZE)
     ask(site, 1, x=x, adversarial=False, differentiate=True)
-    pulled = site.handle(Query("pull_back", "run-1", 1, {"logit_gradient": g})).tensors["x_gradient"]
+    pulled = site._reply(Query("pull_back", "run-1", 1, {"logit_gradient": g})).tensors["x_gradient"]
     leaf = x.clone().requires_grad_(True)
     (site._teacher(leaf) * g).sum().backward()
     assert leaf.grad is not None and torch.allclose(pulled, leaf.grad, atol=1e-6)
@@ -146,7 +158,7 @@ def test_a_pull_back_belongs_to_its_answer(tmp_path: Path) -> None:
     g = torch.zeros(2, 4, SIZE, SIZE, SIZE)
 
     def pull(number: int, run_id: str = "run-1", gradient: Tensor = g) -> Reply:
-        return site.handle(Query("pull_back", run_id, number, {"logit_gradient": gradient}))
+        return site._reply(Query("pull_back", run_id, number, {"logit_gradient": gradient}))
 
     with pytest.raises(ProtocolError, match="without its answer"):
         pull(1)
@@ -235,7 +247,7 @@ def test_run_ids_that_could_leave_the_folder_are_refused(tmp_path: Path, run_id:
 def test_malformed_queries_are_refused(tmp_path: Path) -> None:
     site = node(tmp_path)
     with pytest.raises(ProtocolError, match="unknown query 'weights'"):
-        site.handle(Query("weights", "run-1", 1))
+        site._reply(Query("weights", "run-1", 1))
     for shape in ((2, 3, SIZE, SIZE, SIZE), (4, SIZE, SIZE, SIZE)):
         with pytest.raises(ProtocolError, match=r"\(B, 4, D, H, W\)"):
             ask(site, 1, x=torch.zeros(shape))
@@ -246,41 +258,38 @@ def test_malformed_queries_are_refused(tmp_path: Path) -> None:
 def test_real_patches_are_fixed_by_the_round_and_come_from_the_scans(tmp_path: Path) -> None:
     flat = [torch.full((4, 20, 20, 20), float(value)) for value in (1, 2, 3)]
     site = node(tmp_path, real_volumes=flat, batch=16)
-    patches = site._real_batch((8, 8, 8), 4)
+    patches = critic(site).real_batch((8, 8, 8), 4)
     assert type(patches) is Tensor and patches.shape == (16, 4, 8, 8, 8)
-    assert torch.equal(patches, site._real_batch((8, 8, 8), 4))
+    assert torch.equal(patches, critic(site).real_batch((8, 8, 8), 4))
     assert set(patches.unique().tolist()) == {1, 2, 3}
-    assert not torch.equal(patches, site._real_batch((8, 8, 8), 5))
+    assert not torch.equal(patches, critic(site).real_batch((8, 8, 8), 5))
     varied = node(tmp_path)
-    assert not torch.equal(varied._real_batch((8, 8, 8), 1), varied._real_batch((8, 8, 8), 2))
+    assert not torch.equal(critic(varied).real_batch((8, 8, 8), 1), critic(varied).real_batch((8, 8, 8), 2))
 
 
 def test_scans_smaller_than_the_patch_are_padded_with_background(tmp_path: Path) -> None:
     site = node(tmp_path, real_volumes=[torch.ones(4, 4, 6, 8)])
-    patches = site._real_batch((8, 8, 8), 1)
+    patches = critic(site).real_batch((8, 8, 8), 1)
     assert patches.shape == (2, 4, 8, 8, 8)
     assert (patches.flatten(1).sum(1) == 4 * 4 * 6 * 8).all()
 
 
 def test_hospitals_start_from_different_discriminators_and_leave_the_global_generator_alone(tmp_path: Path) -> None:
     def weights(name: str, seed: int) -> list[Tensor]:
-        return list(node(tmp_path, name, seed=seed)._discriminator.state_dict().values())
+        return list(critic(node(tmp_path, name, seed=seed)).discriminator.state_dict().values())
 
     assert all(torch.equal(a, b) for a, b in zip(weights("a", 1), weights("a", 1), strict=True))
     assert not torch.equal(weights("a", 1)[0], weights("b", 1)[0])
     assert not torch.equal(weights("a", 1)[0], weights("a", 2)[0])
     torch.manual_seed(3)
     expected = torch.rand(1)
-    teacher = build_segmenter("unet", width=4, depth=2)
     torch.manual_seed(3)
-    SiteNode(
-        "a", teacher, torch.ones(4), real_volumes=volumes(), state_dir=tmp_path, seed=0, device=CPU, width=4, layers=1
-    )
+    PlainCritic("a", volumes(), state_dir=tmp_path, seed=0, device=CPU, width=4, layers=1)
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_a_teacher_given_in_training_mode_is_frozen(tmp_path: Path) -> None:
     teacher = nn.Sequential(nn.Conv3d(4, 4, 1), nn.Dropout(0.5)).train()
-    site = SiteNode("a", teacher, torch.ones(4), real_volumes=volumes(), state_dir=tmp_path, seed=0, device=CPU)
+    site = SiteNode("a", teacher, PRESENCE, critic=None, gate=Gate.unprotected("a"), device=CPU)
     x = batch(1)
     assert same(ask(site, 1, x=x, adversarial=False), ask(site, 1, x=x, adversarial=False))

@@ -64,7 +64,10 @@ def test_the_folder_is_complete(finished) -> None:
     for name in ("comparison.png", "curves.png", "panel.png"):
         assert (finished / "figures" / name).read_bytes().startswith(b"\x89PNG")
     record = json.loads((finished / "run.json").read_text())
-    assert record["privacy"] == {"h0": "none", "h1": "none"}
+    assert {site: (terms["mode"], terms["epsilon"]) for site, terms in record["privacy"].items()} == {
+        "h0": ("none", None),
+        "h1": ("none", None),
+    }
     synthetic = nib.load(finished / "synthetic" / "synthetic-00.nii.gz")
     assert synthetic.shape == (32, 32, 32, 4)
     labels = np.asarray(nib.load(finished / "synthetic" / "synthetic-00_labels.nii.gz").dataobj)

@@ -120,7 +120,20 @@ def test_no_spacing_hides_an_expression(
         ("width: 2", "width: expected 4 or more channels"),
         ("backbone: vnet", "key 'backbone': expected one of unet, segresnet, dynunet, found 'vnet'"),
         ("init: warm", "key 'init': expected one of auto, prior, random"),
-        ("privacy_mode: dp-sgd", "not built yet"),
+        ("privacy_mode: dp-sgd", "privacy_mode dp-sgd needs a budget"),
+        ("privacy_mode: dp", "key 'privacy_mode': expected one of none, dp-sgd, gradient, found 'dp'"),
+        ("privacy_mode: none\nepsilon: 8", "epsilon 8 with privacy_mode none would promise what nothing keeps"),
+        ("epsilon: -1", "epsilon: expected a finite budget"),
+        ("epsilon: .inf", "epsilon: expected a finite budget"),
+        ("epsilon: 8\ndelta: 1.0e-3", "delta: expected above 0 and at most 1e-05"),
+        ("epsilon: 8\ndelta: 0", "delta: expected above 0"),
+        ("epsilon: 8\nclip_norm: 0", "clip_norm: expected a positive number"),
+        ("epsilon: 8\nsample_rate: 1.5", "sample_rate: expected above 0 and at most 1"),
+        ("epsilon: 8\nprivate_steps: 0", "private_steps: expected 1 or more"),
+        ("epsilon: 8\ntrainable: encoder", "key 'trainable': expected one of all, decoder, head, norms"),
+        ("epsilon: 8\ncounts_share: .9\ndiscriminator_share: .2", "leave some for the teacher"),
+        ("epsilon: 8\nkey_dir: privacy", "key_dir: expected a folder outside ledger_dir"),
+        ("epsilon: 8\nkey_dir: privacy/keys", "key_dir: expected a folder outside ledger_dir"),
         ("folds: 3\nfold: 3", "0 <= fold < folds, found 3 and 3"),
         ("partition_csv: parts.csv", "partition_csv and partition_id belong together"),
         ("num_workers: -1", "num_workers and seed: expected 0 or more"),
@@ -129,6 +142,20 @@ def test_no_spacing_hides_an_expression(
 def test_settings_that_cannot_be_trained_with_are_refused(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(message)):
         load_site(written(tmp_path, MINIMAL + line + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "mode"),
+    [
+        ("", "none"),
+        ("epsilon: 8\n", "dp-sgd"),
+        ("epsilon: 8\nprivacy_mode: gradient\n", "gradient"),
+        ("epsilon: 0\n", "none"),
+    ],
+)
+def test_a_budget_without_a_mode_means_private_training(tmp_path: Path, lines: str, mode: str) -> None:
+    site = load_site(written(tmp_path, MINIMAL + lines))
+    assert site.privacy_mode == mode and site.private == (mode != "none")
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4])

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from fediod_med.errors import FediodError
 from fediod_med.federation.node import SiteNode
+from fediod_med.privacy.records import Head
 from fediod_med.protocol import Query, Reply, SiteFailure, pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ class EmbeddedFederation:
     Attributes:
         bytes_down: from the centre, by site.
         bytes_up: to the centre, by site.
+        heads: the newest state of each site's ledger that the centre has seen; a witness against a ledger set back.
     """
 
     def __init__(self, nodes: Mapping[str, SiteNode]) -> None:
@@ -29,6 +31,7 @@ class EmbeddedFederation:
         self._nodes = dict(nodes)
         self.bytes_down = dict.fromkeys(self._nodes, 0)
         self.bytes_up = dict.fromkeys(self._nodes, 0)
+        self.heads: dict[str, Head] = {}
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -54,9 +57,11 @@ class EmbeddedFederation:
         try:
             received = unpack(sent)
             assert isinstance(received, Query)  # for the type checker; `unpack` keeps the type
-            answer = pack(self._nodes[site].handle(received))
-            self.bytes_up[site] += len(answer)
-            reply = unpack(answer)
+            sealed = self._nodes[site].handle(received)
+            self.bytes_up[site] += len(sealed.payload)
+            if sealed.head is not None:
+                self.heads[site] = sealed.head
+            reply = unpack(sealed.payload)
             assert isinstance(reply, Reply)
         except FediodError as error:
             logger.warning("site %s failed in round %d: %s", site, query.round, error)

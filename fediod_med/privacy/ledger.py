@@ -199,6 +199,7 @@ class PrivacyLedger:
         except BaseException:
             self._forget()
             raise
+        self._check_same_patients()
         self._check_witness()
 
     def _take_in(self, record: Record) -> None:
@@ -244,7 +245,6 @@ class PrivacyLedger:
         if path.exists() and path.read_bytes() not in known:
             raise PrivacyError(f"{path}: not a policy that this ledger took up; restore it, it is never edited by hand")
         if self.head.sequence < 0 or self.history.policy != self.policy:
-            self._check_same_patients()
             self.append("open", policy_body(self.policy))
         if not path.exists() or path.read_bytes() != self.policy.canonical():
             write_policy(path, self.policy)

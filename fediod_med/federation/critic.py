@@ -1,0 +1,305 @@
+"""A hospital's discriminator: how it learns between rounds, and what it says about a volume.
+
+`PlainCritic` promises nothing and can be rewound with the centre. `PrivateCritic` learns by private steps inside a
+permit that was paid in full; it never goes back, because a step taken twice would have spent twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from monai.transforms import Compose, RandFlip, RandSpatialCrop, SpatialPad
+from monai.utils import convert_to_tensor
+from torch import Tensor
+
+from fediod_med.checkpoints import load_state, save_state, write_atomically
+from fediod_med.devices import autocast
+from fediod_med.errors import ProtocolError
+from fediod_med.losses import (
+    discriminator_adversarial,
+    generator_adversarial,
+    real_adversarial,
+    synthetic_adversarial,
+)
+from fediod_med.networks import PatchDiscriminator
+from fediod_med.privacy.discriminator import DiscriminatorPlan, PrivateDiscriminator
+from fediod_med.protocol import Query
+
+logger = logging.getLogger(__name__)
+
+KEEP_SNAPSHOTS = 2  # the centre may die between a site's snapshot and its own: the one before is still needed
+
+
+class Critic(Protocol):
+    """What a node needs of its discriminator."""
+
+    def judge(self, x: Tensor, query: Query) -> dict[str, Tensor]:
+        """Learn from x `(B, 4, D, H, W)` where due; then realism `(B,)` and the adversarial gradient, shaped as x."""
+
+    @property
+    def permits(self) -> tuple[str, ...]:
+        """Ledger entries that paid for this discriminator; empty without privacy."""
+
+
+def judgement(discriminator: PatchDiscriminator, x: Tensor, criterion: str) -> dict[str, Tensor]:
+    """Realism `(B,)` (mean patch logit) and the gradient of the adversarial loss with respect to x."""
+    leaf = x.detach().clone().requires_grad_(True)
+    with autocast(x.device):
+        logits = discriminator(leaf).float()
+    loss = generator_adversarial(logits, criterion)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return {"realism": logits.detach().flatten(1).mean(dim=1), "x_gradient": gradient}
+
+
+def random_patch(size: Sequence[int]) -> Compose:
+    """Transform `(4, D, H, W)` of any size to a random, randomly flipped patch `(4, *size)`."""
+    return Compose(
+        [
+            SpatialPad(size),
+            RandSpatialCrop(size, random_size=False),
+            *[RandFlip(prob=0.5, spatial_axis=axis) for axis in range(3)],
+        ]
+    )
+
+
+class PlainCritic:
+    """A discriminator without privacy, fixed by its seed; snapshots let a resumed centre rewind it.
+
+    Args:
+        name: hospital.
+        volumes: preprocessed training scans `(4, D, H, W)`, of any size.
+        state_dir: the hospital's own folder for snapshots.
+        seed: of initialisation and of the order of real patches.
+        device: where to compute.
+        batch: real patches per step.
+        width: channels of the discriminator's first layer.
+        layers: its strided layers.
+        norm: `INSTANCE` or `GROUP`.
+        criterion: `hinge`, `bce` or `least_squares`.
+        learning_rate: of Adam (betas .5, .999 as in the published code).
+    """
+
+    permits: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        name: str,
+        volumes: Sequence[Tensor],
+        *,
+        state_dir: Path,
+        seed: int,
+        device: torch.device,
+        batch: int = 2,
+        width: int = 16,
+        layers: int = 2,
+        norm: str = "INSTANCE",
+        criterion: str = "hinge",
+        learning_rate: float = 2e-4,
+    ) -> None:
+        self._name = name
+        self._volumes = tuple(volumes)
+        self._state_dir = state_dir
+        self._seed = _site_seed(seed, name)
+        self._device = device
+        self._batch = batch
+        self._criterion = criterion
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            self.discriminator = PatchDiscriminator(width=width, layers=layers, norm=norm).to(device)
+        self._optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.999))
+        self._run_id: str | None = None
+        self._round = 0
+        self._fresh: dict[str, Any] = {
+            "discriminator": {name: tensor.clone() for name, tensor in self.discriminator.state_dict().items()},
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    def judge(self, x: Tensor, query: Query) -> dict[str, Tensor]:
+        """One step, then realism and gradient; see `Critic.judge`.
+
+        Raises:
+            ProtocolError: no scans, or a round before which this site has neither its state nor a snapshot.
+        """
+        if not self._volumes:
+            raise ProtocolError(f"{self._name}: asked for its discriminator, but has no scans to train it on")
+        self._enter_round(query)
+        self._step(x, query.round)
+        judged = judgement(self.discriminator, x, self._criterion)
+        self._run_id, self._round = query.run_id, query.round
+        if query.settings.get("snapshot", False):
+            self._write_snapshot(query.run_id)
+        return judged
+
+    def real_batch(self, size: Sequence[int], number: int) -> Tensor:
+        """Random patches `(batch, 4, *size)` of the hospital's scans; fixed by the round."""
+        draw = random_patch(size)
+        draw.set_random_state(seed=(self._seed * 1_000_003 + number) % 2**32)
+        generator = torch.Generator().manual_seed((self._seed * 7_368_787 + number) % 2**63)
+        chosen = torch.randint(len(self._volumes), (self._batch,), generator=generator).tolist()
+        patches = [convert_to_tensor(draw(self._volumes[i]), track_meta=False) for i in chosen]
+        return torch.stack(patches).to(self._device).float()
+
+    def _step(self, fake: Tensor, number: int) -> None:
+        real = self.real_batch(fake.shape[2:], number)
+        self.discriminator.requires_grad_(True)
+        with autocast(self._device):
+            fake_logits = self.discriminator(fake.detach()).float()
+            real_logits = self.discriminator(real).float()
+        loss = discriminator_adversarial(fake_logits, real_logits, self._criterion)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+        self.discriminator.requires_grad_(False)
+
+    def _enter_round(self, query: Query) -> None:
+        """Continue from the last round, or rewind to the snapshot that a resumed centre continues from.
+
+        A site that missed rounds of this run continues with what it has: its discriminator is only older.
+        """
+        before = query.round - 1
+        if query.run_id == self._run_id and before >= self._round:
+            if before > self._round:
+                logger.warning("%s: missed rounds %d to %d", self._name, self._round + 1, before)
+            return
+        if before == 0:
+            state = {**self._fresh, "round": 0}
+        else:
+            path = self._snapshot(query.run_id, before)
+            if not path.is_file():
+                raise ProtocolError(
+                    f"{self._name}: asked for round {query.round} after round {self._round}, and no snapshot of round "
+                    f"{before} is kept; start the run again"
+                )
+            state = load_state(path)
+        self.discriminator.load_state_dict(state["discriminator"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._run_id, self._round = query.run_id, before
+
+    def _write_snapshot(self, run_id: str) -> None:
+        state = {
+            "discriminator": self.discriminator.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "round": self._round,
+        }
+        save_state(self._snapshot(run_id, self._round), state)
+        kept = sorted(self._state_dir.glob(f"{run_id}-round-*.pt"))
+        current = kept.index(self._snapshot(run_id, self._round))
+        # Later ones stem from a continuation that the centre has abandoned.
+        for path in [*kept[: max(0, current + 1 - KEEP_SNAPSHOTS)], *kept[current + 1 :]]:
+            path.unlink()
+
+    def _snapshot(self, run_id: str, number: int) -> Path:
+        if not run_id.replace("-", "").isalnum():
+            raise ProtocolError(f"{self._name}: expected a run id of letters, digits and dashes, found {run_id!r}")
+        return self._state_dir / f"{run_id}-round-{number:06d}.pt"
+
+
+class PrivateCritic:
+    """A discriminator under DP-SGD: the real half of each update is private, counted and paid for in advance.
+
+    Updates are spread evenly over the rounds that the centre announces, at most one a round, and when they are used up
+    the weights stay as they are. State and number of the update are on disk before a patient is touched, so that a
+    restart cannot update more often than was paid for. A centre that resumes meets the discriminator as it is now.
+
+    Args:
+        name: hospital.
+        patients: preprocessed training scans `(4, D, H, W)`, by patient.
+        plan: noise, sampling rate and number of updates, as charged.
+        permit: the ledger entry that paid.
+        state_dir: the hospital's own folder.
+        device: where to compute.
+        width: channels of the first layer.
+        layers: strided layers.
+        norm: `INSTANCE` or `GROUP`.
+        criterion: `hinge`, `bce` or `least_squares`.
+
+    Raises:
+        WeightsError: the stored state is damaged or belongs to another network.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        patients: Sequence[Sequence[Tensor]],
+        *,
+        plan: DiscriminatorPlan,
+        permit: str,
+        state_dir: Path,
+        device: torch.device,
+        width: int = 16,
+        layers: int = 2,
+        norm: str = "INSTANCE",
+        criterion: str = "hinge",
+    ) -> None:
+        self._name = name
+        self._patients = tuple(tuple(volumes) for volumes in patients)
+        self._planned = plan.mechanism.steps
+        self._permit = permit
+        self._state = state_dir / f"discriminator-{permit}.pt"
+        self._journal = state_dir / f"discriminator-{permit}.updates"
+        self._device = device
+        self._criterion = criterion
+        self.discriminator = PatchDiscriminator(width=width, layers=layers, norm=norm).to(device)
+        self._training = PrivateDiscriminator(
+            self.discriminator,
+            plan,
+            patients=len(patients),
+            real_loss=lambda logits: real_adversarial(logits, criterion),
+            fake_loss=lambda logits: synthetic_adversarial(logits, criterion),
+            journal=self._write_journal,
+            device=device,
+        )
+        stored = load_state(self._state)["training"] if self._state.is_file() else self._training.state_dict()
+        self._training.load_state_dict(stored, journalled=self._read_journal())
+
+    @property
+    def permits(self) -> tuple[str, ...]:
+        """The permit under which this discriminator learns."""
+        return (self._permit,)
+
+    @property
+    def updates(self) -> int:
+        """Private updates used up so far."""
+        return self._training.updates
+
+    def judge(self, x: Tensor, query: Query) -> dict[str, Tensor]:
+        """A private update where one is due, then realism and gradient; see `Critic.judge`."""
+        if self._training.remaining and self._due(query):
+            size = x.shape[2:]
+            self._training.update(x.detach(), lambda index: self._patches(index, size))
+            save_state(self._state, {"training": self._training.state_dict()})
+        self.discriminator.eval()
+        return judgement(self.discriminator, x, self._criterion)
+
+    def _due(self, query: Query) -> bool:
+        """Whether the evenly spread plan has an update that this round has not seen; always, if no plan is known."""
+        rounds = query.settings.get("rounds", 0)
+        if not isinstance(rounds, int) or rounds < 1:
+            return True
+        return self._training.updates < min(self._planned, math.ceil(query.round * self._planned / rounds))
+
+    def _patches(self, index: int, size: Sequence[int]) -> Tensor:
+        """One random patch `(1, 4, *size)` of one patient; the draw is secret, so nothing here is seeded."""
+        volumes = self._patients[index]
+        draw = random_patch(size)
+        draw.set_random_state(seed=secrets.randbits(32))
+        patch = convert_to_tensor(draw(volumes[secrets.randbelow(len(volumes))]), track_meta=False)
+        real: Tensor = patch[None].to(self._device).float()
+        return real
+
+    def _write_journal(self, number: int) -> None:
+        write_atomically(self._journal, lambda path: path.write_text(str(number), encoding="ascii"))
+
+    def _read_journal(self) -> int:
+        return int(self._journal.read_text(encoding="ascii")) if self._journal.is_file() else 0
+
+
+def _site_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")

@@ -1,0 +1,250 @@
+"""Opens hospitals for a run in one process: gate, teacher, scans and node, each as its own machine would hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fediod_med.baselines import presence_bits, weights_path
+from fediod_med.checkpoints import Provenance, load_segmenter, weights_digest
+from fediod_med.data.partitions import patient_id
+from fediod_med.data.sampler import PublicSampler
+from fediod_med.data.transforms import preprocessing
+from fediod_med.distillation import Schedule, generator_rounds
+from fediod_med.errors import PrivacyError, SettingsError
+from fediod_med.federation.critic import Critic, PlainCritic, PrivateCritic
+from fediod_med.federation.embedded import EmbeddedFederation
+from fediod_med.federation.node import SiteNode
+from fediod_med.privacy.accounting import epsilon_report
+from fediod_med.privacy.discriminator import DiscriminatorPlan
+from fediod_med.privacy.gate import Gate, digest_of
+from fediod_med.privacy.statement import NOT_PRIVATE, privacy_statement
+from fediod_med.site_gate import open_gate
+from fediod_med.sites import Site
+from fediod_med.teacher import labelled, train_teacher
+
+
+@dataclass(frozen=True)
+class Hospital:
+    """One site with what its node needs, all of it on the site's own machine in a real federation.
+
+    Attributes:
+        site: settings.
+        gate: on the site's ledger.
+        teacher: trained segmenter.
+        presence: `(patients, 4)`, see `baselines.presence_bits`.
+        patients: preprocessed training scans `(4, D, H, W)`, by patient.
+        permits: ledger entry that paid for the teacher; empty unless the mode is `dp-sgd`.
+    """
+
+    site: Site
+    gate: Gate
+    teacher: nn.Module
+    presence: Tensor
+    patients: tuple[tuple[Tensor, ...], ...]
+    permits: tuple[str, ...]
+
+
+def open_hospital(
+    site: Site,
+    *,
+    out: Path,
+    seed: int,
+    device: str,
+    teachers: Path | None,
+    sampler: PublicSampler,
+    on_epoch: Callable[[int, int, float], None],
+    on_step: Callable[[int, int], None],
+) -> Hospital:
+    """Open the gate, find or train the teacher, read the scans.
+
+    Args:
+        site: settings; its seed is added to the run's.
+        out: run folder; a teacher trained here lies in `teachers/<site>`.
+        seed: of the run.
+        device: see `devices.pick_device`.
+        teachers: folder with trained teachers; trained here when omitted.
+        sampler: phantoms for rehearsal.
+        on_epoch: receives (epoch, epochs, loss) of a training that is not private.
+        on_step: receives (step, steps) of a private one.
+
+    Raises:
+        SettingsError: a teacher is missing or works on another grid.
+        PrivacyError: the site promises `dp-sgd`, and its ledger did not pay for this teacher.
+    """
+    name = site.site_name
+    site = dataclasses.replace(site, seed=site.seed + seed)
+    gate = open_gate(site)
+    trained = weights_path(out / "teachers" if teachers is None else teachers, name)
+    if trained is None and teachers is not None:
+        raise SettingsError(
+            f"{teachers}: expected {name}/model.safetensors, found none; run `fediod site train {name}`"
+        )
+    if trained is None:
+        trained = train_teacher(
+            site,
+            output_dir=out / "teachers" / name,
+            device=device,
+            public=sampler if site.rehearsal else None,
+            on_epoch=on_epoch,
+            on_step=on_step,
+        )
+    teacher, provenance = load_segmenter(trained)
+    if provenance.spacing != site.spacing:
+        raise SettingsError(
+            f"{trained}: trained at {provenance.spacing:g} mm, this run works at {site.spacing:g} mm; train it again"
+        )
+    steps = preprocessing(spacing=site.spacing, with_label=True)
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for item in labelled(site.subjects()[0], site.label_scheme):
+        grouped.setdefault(patient_id(item["subject"].subject_id), []).append(steps(item))
+    return Hospital(
+        site,
+        gate,
+        teacher,
+        presence_bits([[item["label"].as_tensor() for item in items] for items in grouped.values()]),
+        tuple(tuple(item["image"].as_tensor() for item in items) for items in grouped.values()),
+        teacher_permits(gate, teacher, provenance, trained),
+    )
+
+
+def teacher_permits(gate: Gate, teacher: nn.Module, provenance: Provenance, path: Path) -> tuple[str, ...]:
+    """The ledger entry that paid for a teacher; none is needed unless the mode is `dp-sgd`.
+
+    Raises:
+        PrivacyError: this ledger did not pay for these weights.
+    """
+    if gate.mode != "dp-sgd":
+        return ()
+    try:
+        return (gate.permit_for(weights_digest(teacher.state_dict())).permit_id,)
+    except PrivacyError as error:
+        mode = provenance.privacy.get(gate.site, {}).get("mode", "unknown")
+        raise PrivacyError(
+            f"{path}: expected a teacher that the ledger of {gate.site} paid for, found one of mode {mode}; run "
+            f"`fediod site train {gate.site}`"
+        ) from error
+
+
+def open_federation(
+    hospitals: Sequence[Hospital], *, out: Path, seed: int, run_id: str, device: torch.device, adversarial: bool
+) -> EmbeddedFederation:
+    """The hospitals as one federation; with `adversarial`, each has a discriminator, paid for where that is due."""
+    return EmbeddedFederation(
+        {
+            h.site.site_name: SiteNode(
+                h.site.site_name,
+                h.teacher,
+                h.presence,
+                critic=_critic(h, out=out, seed=seed, run_id=run_id, device=device) if adversarial else None,
+                gate=h.gate,
+                permits=h.permits,
+                device=device,
+            )
+            for h in hospitals
+        }
+    )
+
+
+def planned_releases(schedule: Schedule, *, compare: bool) -> int:
+    """Answers and pull-backs that a run asks of each hospital; mode `gradient` pays for every one of them."""
+    return schedule.rounds + generator_rounds(schedule) + (schedule.rounds if compare else 0)
+
+
+def announcements(hospitals: Sequence[Site], schedule: Schedule, *, compare: bool) -> list[str]:
+    """What the privacy of a run will cost, one line a hospital, before anything is asked or trained.
+
+    Raises:
+        SettingsError: a hospital of mode `gradient` has planned fewer releases than the run needs.
+    """
+    lines = []
+    for site in hospitals:
+        if not site.private:
+            lines.append(f"{site.site_name}: NOT PRIVATE. {NOT_PRIVATE}")
+            continue
+        gate = open_gate(site)
+        needed = planned_releases(schedule, compare=compare)
+        if site.privacy_mode == "gradient" and needed > site.releases:
+            raise SettingsError(
+                f"{site.site_name}: this run needs {needed} releases, and the site plans {site.releases}; set "
+                f"`releases: {needed}` in its site file, or ask for fewer rounds or --no-compare"
+            )
+        lines.append(f"{site.site_name}: {planned_cost(gate, releases=needed)}")
+    return lines
+
+
+def planned_cost(gate: Gate, *, releases: int) -> str:
+    """The epsilon that a site's plan truly costs, by every accountant at hand, with what was spent before."""
+    policy = gate.policy
+    if policy is None or policy.delta is None:
+        return NOT_PRIVATE
+    if policy.mode == "gradient":
+        part = policy.part("answer")
+        plan = [policy.part("counts").planned, dataclasses.replace(part.planned, steps=releases)]
+        how = f"{releases} releases, noise {part.noise_multiplier:.3g} x sensitivity 2C = {part.sensitivity:g}"
+    else:
+        plan = [part.planned for part in policy.parts.values()]
+        teacher = policy.part("teacher")
+        how = f"{teacher.steps} private steps at q = {teacher.sample_rate:g}, noise {teacher.noise_multiplier:.3g} x C"
+    report = epsilon_report(plan, policy.delta)
+    tighter = "" if report.prv is None else f", {report.prv:.3g} by PRV"
+    return (
+        f"mode {policy.mode}, {policy.patients} patients, {how}: epsilon {report.rdp:.4g} by RDP (enforced){tighter}, "
+        f"delta {policy.delta:g}; budget {policy.epsilon:g}, spent before {gate.spent_epsilon() or 0:.4g}"
+    )
+
+
+def privacy_record(hospital: Hospital) -> dict[str, Any]:
+    """A hospital's entry in `summary.json`, weights and bundle: mode, what was spent, and the claim in words."""
+    gate = hospital.gate
+    policy = gate.policy
+    if policy is None or policy.delta is None or gate.head is None:
+        return {"mode": "none", "epsilon": None, "delta": None, "statement": NOT_PRIVATE}
+    report = epsilon_report(gate.spent(), policy.delta)
+    return {
+        "mode": policy.mode,
+        "epsilon": report.rdp,
+        "epsilon_prv": report.prv,
+        "budget": policy.epsilon,
+        "delta": policy.delta,
+        "patients": policy.patients,
+        "ledger_head": {"sequence": gate.head.sequence, "hash": gate.head.hash},
+        "policy": policy.digest(),
+        "statement": privacy_statement(policy, epsilon=report, head=gate.head),
+    }
+
+
+def copy_ledger(hospital: Hospital, folder: Path) -> None:
+    """Copy a hospital's ledger, policy and sealed payloads into the run folder, for whoever checks the claim."""
+    if hospital.site.private:
+        shutil.rmtree(folder, ignore_errors=True)
+        source = (hospital.site.folder / hospital.site.ledger_dir).resolve()
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.lock", ".*"))
+
+
+def _critic(hospital: Hospital, *, out: Path, seed: int, run_id: str, device: torch.device) -> Critic:
+    site, gate = hospital.site, hospital.gate
+    state_dir = out / "site_state" / site.site_name
+    if gate.mode != "dp-sgd" or gate.policy is None:
+        volumes = [volume for volumes in hospital.patients for volume in volumes]
+        return PlainCritic(site.site_name, volumes, state_dir=state_dir, seed=seed, device=device)
+    part = gate.policy.part("discriminator")
+    plan = DiscriminatorPlan(part.planned, clip_norm=part.clip_norm, physical_batch=site.physical_batch)
+    permit = gate.begin_training(
+        "discriminator", run_id=run_id, settings_digest=digest_of(repr(plan).encode(), site.site_name.encode())
+    )
+    return PrivateCritic(
+        site.site_name,
+        hospital.patients,
+        plan=plan,
+        permit=permit.permit_id,
+        state_dir=state_dir,
+        device=device,
+    )

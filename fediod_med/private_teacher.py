@@ -1,0 +1,206 @@
+"""A hospital's teacher under DP-SGD: what `bundles/teacher/configs/train_private.yaml` runs.
+
+The whole training is charged to the ledger before the first patient is used. It then has exactly the charged steps, can
+be interrupted and continued on the same charge, and shows nothing of a patient: no loss, no score, no gradient norm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.utils import convert_to_tensor
+from torch import Tensor, nn
+
+from fediod_med.checkpoints import Provenance, current_commit, load_state, save_state, save_weights, weights_digest
+from fediod_med.data.partitions import patient_id
+from fediod_med.data.sampler import PublicSampler
+from fediod_med.data.transforms import augmentation, preprocessing
+from fediod_med.errors import PrivacyError
+from fediod_med.privacy.gate import Gate
+from fediod_med.privacy.policy import PrivacyPolicy
+from fediod_med.privacy.row_loss import per_row_dice_ce
+from fediod_med.privacy.trainable import select_trainable
+from fediod_med.privacy.training import Checkpoints, PrivateSchedule, PrivateTrainer, train_private
+from fediod_med.sites import Site
+
+PUBLIC_CROPS = 2  # of phantoms in each step's public gradient
+
+
+def private_schedule(site: Site, gate: Gate, *, init: str) -> PrivateSchedule:
+    """The fixed schedule of a site's private training, with the noise that its policy charges.
+
+    Args:
+        site: settings.
+        gate: in mode `dp-sgd`.
+        init: digest of the weights that the training starts from, part of what the charge is bound to.
+    """
+    part = promised(gate).part("teacher")
+    return PrivateSchedule(
+        mechanism=part.planned,
+        clip_norm=part.clip_norm,
+        learning_rate=site.learning_rate,
+        physical_batch=site.physical_batch,
+        public_weight=site.rehearsal,
+        extra={
+            "network": json.dumps(site.network(), sort_keys=True),
+            "init": init,
+            "trainable": site.trainable,
+            "crops": site.crops,
+            "spacing": site.spacing,
+            "roi": site.roi,
+        },
+    )
+
+
+def promised(gate: Gate) -> PrivacyPolicy:
+    """The policy of a gate; `PrivacyError` in mode `none`, which promises nothing."""
+    if gate.policy is None:
+        raise PrivacyError(f"{gate.site}: expected privacy_mode dp-sgd, found none; use train.yaml")
+    return gate.policy
+
+
+class PrivateTeacher:
+    """Trains, writes and books one teacher.
+
+    Args:
+        network: with the weights it starts from.
+        site: settings; they come from the site file, not from a command line.
+        gate: of the site, in mode `dp-sgd`.
+        data: labelled training subjects, `{"subject", "scheme"}` each.
+        public: phantoms for rehearsal, if any.
+        device: where to compute.
+        output_dir: receives `model.safetensors`; holds the state of an unfinished training.
+        on_step: receives (step, steps).
+
+    Raises:
+        PrivacyError: another mode, or fewer patients than the policy declares trained on.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        site: Site,
+        gate: Gate,
+        data: Sequence[Mapping[str, Any]],
+        public: PublicSampler | None,
+        device: torch.device,
+        output_dir: str | Path,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> None:
+        if gate.mode != "dp-sgd":
+            raise PrivacyError(f"{site.site_name}: expected privacy_mode dp-sgd, found {gate.mode}; use train.yaml")
+        self._network = network
+        self._site = site
+        self._gate = gate
+        self._data = tuple(data)
+        self._public = public
+        self._device = device
+        self._folder = Path(output_dir)
+        self._on_step = on_step
+
+    def run(self) -> Path:
+        """Charge, train, write the weights and book them; an unfinished training of the same settings is continued.
+
+        Returns:
+            The weights file.
+
+        Raises:
+            BudgetExceeded: the charge does not fit; nothing was trained.
+            PrivacyError: an unfinished training's state is gone, so that its steps cannot be told from new ones.
+        """
+        site, gate = self._site, self._gate
+        select_trainable(self._network, site.trainable)
+        schedule = private_schedule(site, gate, init=weights_digest(self._network.state_dict()))
+        permit = gate.begin_training("teacher", run_id=f"seed-{site.seed}", settings_digest=schedule.digest())
+        state = self._folder / f"private-{permit.permit_id[:16]}.pt"
+        if not permit.resumed:
+            first = PrivateTrainer(
+                self._network, schedule, patients=1, per_row_loss=per_row_dice_ce, device=self._device
+            ).state_dict()
+            save_state(state, {"permit": permit.permit_id, "trainer": first})
+        elif not state.is_file():
+            raise PrivacyError(
+                f"{state}: expected the state of an unfinished private training, found nothing; its charge is spent. "
+                f"Restore the file, or change `seed` in the site file to charge a new training"
+            )
+        trained = train_private(
+            self._network,
+            self._patients(),
+            schedule=schedule,
+            draw=self._crops,
+            per_row_loss=per_row_dice_ce,
+            public=None if self._public is None else self._public_crops,
+            checkpoints=Checkpoints(state, save_state, load_state, every=1, permit=permit.permit_id),
+            on_step=self._on_step,
+            device=self._device,
+        )
+        path = self._folder / "model.safetensors"
+        weights = {name: tensor.cpu() for name, tensor in trained.state_dict().items()}
+        save_weights(path, weights, self._provenance(schedule, permit.permit_id))
+        gate.finish_training(permit, weights_sha256=weights_digest(weights))
+        state.unlink(missing_ok=True)
+        return path
+
+    def _patients(self) -> list[list[dict[str, Any]]]:
+        """Preprocessed scans by patient: several visits are one patient, clipped together."""
+        steps = preprocessing(spacing=self._site.spacing, with_label=True)
+        grouped: dict[str, list[dict[str, Any]]] = {}
+        for item in self._data:
+            grouped.setdefault(patient_id(item["subject"].subject_id), []).append(steps(item))
+        return list(grouped.values())
+
+    def _crops(self, patient: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+        """`crops` random crops of one patient: images `(P, 4, d, h, w)` and classes `(P, d, h, w)`."""
+        draw = augmentation(roi=self._site.roi)
+        draw.set_random_state(seed=secrets.randbits(32))
+        images, labels = [], []
+        for _ in range(self._site.crops):
+            scan = patient[secrets.randbelow(len(patient))]
+            found = draw({"image": scan["image"], "label": scan["label"]})
+            crop = found[0] if isinstance(found, list) else found
+            images.append(convert_to_tensor(crop["image"], track_meta=False).float())
+            labels.append(convert_to_tensor(crop["label"], track_meta=False)[0].long())
+        return torch.stack(images), torch.stack(labels)
+
+    def _public_crops(self, step: int) -> tuple[Tensor, Tensor]:
+        assert self._public is not None  # the caller asks only then
+        drawn = self._public.draw(step, PUBLIC_CROPS)
+        return drawn.base, drawn.classes
+
+    def _provenance(self, schedule: PrivateSchedule, permit: str) -> Provenance:
+        site, policy = self._site, promised(self._gate)
+        return Provenance(
+            kind="teacher",
+            network=site.network(),
+            spacing=site.spacing,
+            label_scheme=site.label_scheme,
+            sites=(site.site_name,),
+            privacy={
+                site.site_name: {
+                    "mode": policy.mode,
+                    "epsilon": policy.epsilon,
+                    "delta": policy.delta,
+                    "permit": permit,
+                    "policy": policy.digest(),
+                }
+            },
+            trained_on="patients of one hospital, by DP-SGD",
+            seed=site.seed,
+            settings={
+                "roi": site.roi,
+                "steps": schedule.mechanism.steps,
+                "noise_multiplier": schedule.mechanism.noise_multiplier,
+                "sample_rate": schedule.mechanism.sample_rate,
+                "clip_norm": schedule.clip_norm,
+                "trainable": site.trainable,
+                "init": hashlib.sha256(schedule.digest().encode()).hexdigest()[:16],
+            },
+            commit=current_commit(),
+        )
