@@ -30,12 +30,12 @@ from fediod_med.distillation import (
     synthetic_volumes,
 )
 from fediod_med.errors import ProtocolError, SettingsError, WeightsError
-from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.critic import PlainCritic
+from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.node import SiteNode
 from fediod_med.networks import Generator, build_segmenter
-from fediod_med.privacy.gate import Gate
 from fediod_med.prior import train_prior
+from fediod_med.privacy.gate import Gate
 from fediod_med.protocol import Query, Reply, SiteFailure, pack
 
 CPU = torch.device("cpu")
@@ -200,6 +200,25 @@ def test_the_replay_buffer_keeps_the_newest_pairs_in_half_precision(bench: Bench
         assert torch.equal(pair["x"], public.base.half()) and torch.equal(pair["classes"], public.classes.byte())
         assert pair["q"].dtype == torch.float16
         assert torch.allclose(pair["q"].float().sum(1), torch.ones(2, SIZE, SIZE, SIZE), atol=2e-3)
+
+
+def test_hospitals_are_weighed_by_what_they_know_of_public_phantoms(bench: Bench) -> None:
+    """A hospital whose teacher is ruined loses its weight after the first phantom round; before it, all weigh alike."""
+    with torch.no_grad():
+        for parameter in bench.teachers[1].parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    trusting = bench.distill(
+        mode=None, objective=replace(GeneratorObjective(), competence=0.0, realism_weights=False)
+    )
+    weighing = bench.distill(mode=None, objective=replace(GeneratorObjective(), realism_weights=False))
+    assert trusting.dice is not None and weighing.dice is not None and torch.equal(trusting.dice, weighing.dice)
+    assert (weighing.dice[0] > weighing.dice[1]).sum() >= 3
+    good = bench.teachers[0].eval()
+    x = weighing.replay[-1]["x"].float()
+    with torch.no_grad():
+        alone = torch.softmax(good(x), dim=1)
+    far, near = ((run.replay[-1]["q"].float() - alone).abs().mean() for run in (trusting, weighing))
+    assert near < 0.25 * far
 
 
 def test_rehearsal_draws_fresh_phantoms_whose_target_is_the_label_map_alone(
@@ -554,9 +573,9 @@ def run(folder, *, pause, resume):
     nodes = {}
     for index, name in enumerate(("north", "south")):
         torch.manual_seed(index)
-        nodes[name] = SiteNode(name, build_segmenter("unet", width=4, depth=2), torch.ones(9, 4), gate=Gate.unprotected(name),
-            critic=PlainCritic(name, volumes[index:], state_dir=folder / name, seed=1, device=CPU, width=4, layers=1),
-            device=CPU)
+        critic = PlainCritic(name, volumes[index:], state_dir=folder / name, seed=1, device=CPU, width=4, layers=1)
+        nodes[name] = SiteNode(name, build_segmenter("unet", width=4, depth=2), torch.ones(9, 4), critic=critic,
+            gate=Gate.unprotected(name), device=CPU)
     torch.manual_seed(7)
 
     def on_round(record):

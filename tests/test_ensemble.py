@@ -11,8 +11,10 @@ from torch import Tensor
 from fediod_med.ensemble import (
     REALISM_FLOOR,
     class_ratio_weights,
+    competence_weights,
     entropy_confidence,
     merge,
+    public_dice,
     realism_confidence,
     site_shares,
 )
@@ -123,3 +125,26 @@ def test_merge_passes_finite_gradients_to_every_hospital() -> None:
     merge(probs, torch.tensor([[5.0, 5, 5, 5], [5.0, 5, 5, 5]]), realism=torch.zeros(2, 1))[:, 3].sum().backward()
     assert probs.grad is not None and torch.isfinite(probs.grad).all()
     assert (probs.grad.flatten(1).abs().sum(dim=1) > 0).all()
+
+
+def test_public_dice_by_hand() -> None:
+    """Two hospitals, one volume of four voxels, three classes; overlap and volumes each smoothed by 1."""
+    classes = torch.tensor([[0, 0, 1, 1]])
+    right = torch.eye(3)[classes[0]].T[None]  # (1, C, voxels)
+    wrong = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]])[None]
+    found = public_dice(torch.stack([right, wrong]), classes)
+    assert torch.allclose(found, torch.tensor([[1.0, 1.0, 1.0], [5 / 7, 1 / 3, 1.0]]))
+
+
+@pytest.mark.parametrize("shift", [-0.3, 0.0, 0.2])
+def test_competence_follows_the_difference_in_dice_alone(shift: float) -> None:
+    dice = torch.tensor([[0.7, 0.5], [0.6, 0.5]])
+    weights = competence_weights(dice + shift, 0.05)
+    assert torch.allclose(weights, torch.tensor([[1.0, 1.0], [0.1353353, 1.0]]), atol=1e-5)
+
+
+def test_a_more_competent_hospital_decides_its_class() -> None:
+    probs, counts = random_probs(2, 1, 4, 5), torch.ones(2, 4)
+    assert torch.allclose(merge(probs, counts, competence=torch.ones(2, 4)), merge(probs, counts))
+    only_first = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]])
+    assert torch.allclose(merge(probs, counts, competence=only_first), probs[0], atol=1e-6)
