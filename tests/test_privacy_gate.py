@@ -16,7 +16,7 @@ from fediod_med.privacy import gate as gate_module
 from fediod_med.privacy import mechanisms
 from fediod_med.privacy.accounting import gaussian_epsilon, rdp_epsilon
 from fediod_med.privacy.gate import Gate, digest_of
-from fediod_med.privacy.ledger import ledger_key
+from fediod_med.privacy.ledger import PrivacyLedger, ledger_key
 from fediod_med.privacy.mechanisms import Mechanism
 from fediod_med.privacy.noise import SeededNoise
 from fediod_med.privacy.policy import (
@@ -28,7 +28,7 @@ from fediod_med.privacy.policy import (
     training_part,
     universe_id,
 )
-from fediod_med.privacy.records import Head
+from fediod_med.privacy.records import Head, Record
 from fediod_med.privacy.statement import NOT_PRIVATE
 from fediod_med.privacy.verify import verify_ledger
 
@@ -146,16 +146,39 @@ def test_what_fails_after_the_charge_stays_charged_and_a_retry_is_a_new_charge(t
     assert verify_ledger(tmp_path / "log").ok
 
 
+def charges_before_computing(root: Path) -> bool:
+    """Whether the file holds the charge when private data are touched, and still holds it after a crash there."""
+    gate, seen = open_gate(root, answer()), []
+
+    def charges() -> int:
+        return (root / "log" / "ledger.jsonl").read_bytes().count(b'"event":"charge"')
+
+    def crash() -> np.ndarray:
+        seen.append(charges())
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        gate.release("answer", query_id="q", query_digest="d", compute=crash, seal=lambda v: v.tobytes())
+    return seen == [1] and charges() == 1 and open_gate(root, answer()).spent_epsilon() != 0
+
+
 def test_the_charge_is_on_disk_before_private_data_are_touched(tmp_path):
-    """A gate that charged after computing would show one record here."""
-    gate, seen = open_gate(tmp_path, answer()), []
+    assert charges_before_computing(tmp_path)
 
-    def compute():
-        seen.append((tmp_path / "log" / "ledger.jsonl").read_bytes().count(b'"event":"charge"'))
-        return np.ones(2)
 
-    gate.release("answer", query_id="q", query_digest="d", compute=compute, seal=lambda v: v.tobytes())
-    assert seen == [1]
+def test_a_gate_that_charges_after_the_release_is_seen(tmp_path, monkeypatch):
+    append, waiting = PrivacyLedger.append, []
+
+    def late(self, event, body):
+        if event == "charge":
+            waiting.append(body)
+            return Record(self.head.sequence + 1, "", event, "", "", "", False, body)
+        if waiting:
+            append(self, "charge", waiting.pop())
+        return append(self, event, body)
+
+    monkeypatch.setattr(PrivacyLedger, "append", late)
+    assert not charges_before_computing(tmp_path)
 
 
 def test_outputs_of_the_wrong_shape_do_not_leave(tmp_path):
