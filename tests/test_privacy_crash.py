@@ -180,13 +180,6 @@ def test_releases_killed_at_random_times_are_charged_and_never_noised_twice(tmp_
         os.write(pipe, f"{query} {hashlib.sha256(payload).hexdigest()}\n".encode())
 
     left = kill_loop(200, work, seed=1)
-    print(
-        "LEFT",
-        len(left),
-        [r.event for r in records(tmp_path)].count("charge"),
-        [r.event for r in records(tmp_path)].count("train"),
-        [r.event for r in records(tmp_path)].count("trained"),
-    )
     assert len(left) >= 10, "some must get through"
     check_releases(tmp_path, left)
 
@@ -203,13 +196,6 @@ def test_trainings_killed_at_random_times_stay_charged_and_resume(tmp_path):
         os.write(pipe, f"finished {permit.permit_id} {weights}\n".encode())
 
     left = kill_loop(200, work, seed=2)
-    print(
-        "LEFT",
-        len(left),
-        [r.event for r in records(tmp_path)].count("charge"),
-        [r.event for r in records(tmp_path)].count("train"),
-        [r.event for r in records(tmp_path)].count("trained"),
-    )
     assert len(left) >= 10, "some must get through"
     begun = {record.hash for record in records(tmp_path) if record.event == "train"}
     finished = {(r.body["permit"], r.body["weights"]) for r in records(tmp_path) if r.event == "trained"}
