@@ -49,6 +49,14 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def private_precision(device: torch.device) -> str:
+    """Precision of private steps: `bfloat16` where it pays, else `float32`.
+
+    Never float16: it needs a loss scale, which would depend on the patients.
+    """
+    return "bfloat16" if autocast_dtype(device) is torch.bfloat16 else "float32"
+
+
 def autocast(device: torch.device, *, enabled: bool = True) -> contextlib.AbstractContextManager[Any]:
     """Context for matrix products and convolutions in `autocast_dtype(device)`; does nothing where that is none."""
     dtype = autocast_dtype(device) if enabled else None

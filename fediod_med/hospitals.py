@@ -17,6 +17,7 @@ from fediod_med.checkpoints import Provenance, load_segmenter, weights_digest
 from fediod_med.data.partitions import patient_id
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.data.transforms import preprocessing
+from fediod_med.devices import private_precision
 from fediod_med.distillation import Schedule, generator_rounds
 from fediod_med.errors import PrivacyError, SettingsError
 from fediod_med.federation.critic import Critic, PlainCritic, PrivateCritic
@@ -236,7 +237,12 @@ def _critic(hospital: Hospital, *, out: Path, seed: int, run_id: str, device: to
         volumes = [volume for volumes in hospital.patients for volume in volumes]
         return PlainCritic(site.site_name, volumes, state_dir=state_dir, seed=seed, device=device)
     part = gate.policy.part("discriminator")
-    plan = DiscriminatorPlan(part.planned, clip_norm=part.clip_norm, physical_batch=site.physical_batch)
+    plan = DiscriminatorPlan(
+        part.planned,
+        clip_norm=part.clip_norm,
+        physical_batch=site.physical_batch,
+        precision=private_precision(device),
+    )
     permit = gate.begin_training(
         "discriminator", run_id=run_id, settings_digest=digest_of(repr(plan).encode(), site.site_name.encode())
     )

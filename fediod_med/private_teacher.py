@@ -21,6 +21,7 @@ from fediod_med.checkpoints import Provenance, current_commit, load_state, save_
 from fediod_med.data.partitions import patient_id
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.data.transforms import augmentation, preprocessing
+from fediod_med.devices import private_precision
 from fediod_med.errors import PrivacyError
 from fediod_med.privacy.gate import Gate
 from fediod_med.privacy.policy import PrivacyPolicy
@@ -32,26 +33,29 @@ from fediod_med.sites import Site
 PUBLIC_CROPS = 2  # of phantoms in each step's public gradient
 
 
-def private_schedule(site: Site, gate: Gate, *, init: str) -> PrivateSchedule:
+def private_schedule(site: Site, gate: Gate, *, init: str, device: torch.device) -> PrivateSchedule:
     """The fixed schedule of a site's private training, with the noise that its policy charges.
 
     Args:
         site: settings.
         gate: in mode `dp-sgd`.
         init: digest of the weights that the training starts from, part of what the charge is bound to.
+        device: decides the precision.
     """
     part = promised(gate).part("teacher")
     return PrivateSchedule(
         mechanism=part.planned,
         clip_norm=part.clip_norm,
-        learning_rate=site.learning_rate,
+        learning_rate=site.private_rate,
         physical_batch=site.physical_batch,
+        precision=private_precision(device),
         public_weight=site.rehearsal,
         extra={
             "network": json.dumps(site.network(), sort_keys=True),
             "init": init,
             "trainable": site.trainable,
             "crops": site.crops,
+            "patients": promised(gate).patients,
             "spacing": site.spacing,
             "roi": site.roi,
         },
@@ -117,7 +121,7 @@ class PrivateTeacher:
         """
         site, gate = self._site, self._gate
         select_trainable(self._network, site.trainable)
-        schedule = private_schedule(site, gate, init=weights_digest(self._network.state_dict()))
+        schedule = private_schedule(site, gate, init=weights_digest(self._network.state_dict()), device=self._device)
         permit = gate.begin_training("teacher", run_id=f"seed-{site.seed}", settings_digest=schedule.digest())
         state = self._folder / f"private-{permit.permit_id[:16]}.pt"
         if not permit.resumed:

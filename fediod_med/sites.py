@@ -66,6 +66,7 @@ class Site:
         clip_norm: C, of one patient's gradient (`dp-sgd`) or of one release (`gradient`).
         sample_rate: q, chance of each patient to take part in a private step.
         private_steps: T, private steps of the teacher; takes the place of epochs.
+        private_rate: peak learning rate of private steps (Adam); `learning_rate` is for plain ones.
         crops: of one patient in a private step, clipped together.
         physical_batch: crops in memory at once during a private step.
         trainable: what a private step may change: `all`, `decoder`, `head` or `norms`.
@@ -106,6 +107,7 @@ class Site:
     clip_norm: float = 1.0
     sample_rate: float = 0.5
     private_steps: int = 60
+    private_rate: float = 1e-3
     crops: int = 2
     physical_batch: int = 4
     trainable: str = "all"
@@ -260,8 +262,9 @@ def _check_privacy(site: Site, path: Path) -> None:
         )
     if not 0 < site.delta <= LARGEST_DELTA:
         raise SettingsError(f"{path}: delta: expected above 0 and at most {LARGEST_DELTA:g}, found {site.delta}")
-    if not (math.isfinite(site.clip_norm) and site.clip_norm > 0):
-        raise SettingsError(f"{path}: clip_norm: expected a positive number, found {site.clip_norm}")
+    for key in ("clip_norm", "private_rate"):
+        if not (math.isfinite(getattr(site, key)) and getattr(site, key) > 0):
+            raise SettingsError(f"{path}: {key}: expected a positive number, found {getattr(site, key)}")
     if not 0 < site.sample_rate <= 1:
         raise SettingsError(f"{path}: sample_rate: expected above 0 and at most 1, found {site.sample_rate}")
     for key in ("private_steps", "crops", "physical_batch", "discriminator_steps", "releases"):

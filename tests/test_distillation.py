@@ -207,9 +207,7 @@ def test_hospitals_are_weighed_by_what_they_know_of_public_phantoms(bench: Bench
     with torch.no_grad():
         for parameter in bench.teachers[1].parameters():
             parameter.copy_(torch.randn_like(parameter))
-    trusting = bench.distill(
-        mode=None, objective=replace(GeneratorObjective(), competence=0.0, realism_weights=False)
-    )
+    trusting = bench.distill(mode=None, objective=replace(GeneratorObjective(), competence=0.0, realism_weights=False))
     weighing = bench.distill(mode=None, objective=replace(GeneratorObjective(), realism_weights=False))
     assert trusting.dice is not None and weighing.dice is not None and torch.equal(trusting.dice, weighing.dice)
     assert (weighing.dice[0] > weighing.dice[1]).sum() >= 3

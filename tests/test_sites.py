@@ -128,6 +128,7 @@ def test_no_spacing_hides_an_expression(
         ("epsilon: 8\ndelta: 1.0e-3", "delta: expected above 0 and at most 1e-05"),
         ("epsilon: 8\ndelta: 0", "delta: expected above 0"),
         ("epsilon: 8\nclip_norm: 0", "clip_norm: expected a positive number"),
+        ("epsilon: 8\nprivate_rate: 0", "private_rate: expected a positive number"),
         ("epsilon: 8\nsample_rate: 1.5", "sample_rate: expected above 0 and at most 1"),
         ("epsilon: 8\nprivate_steps: 0", "private_steps: expected 1 or more"),
         ("epsilon: 8\ntrainable: encoder", "key 'trainable': expected one of all, decoder, head, norms"),
