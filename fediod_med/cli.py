@@ -288,7 +288,7 @@ def site_init(hospital: str, sites: SitesDir = Path("sites")) -> None:
         "dataset_dir: data          # relative to this folder, or absolute\n"
         "folds: 5                   # fold 0 is held out for your own evaluation\nfold: 0\n"
         "spacing: 4.0               # mm; the federation agrees on one value\nroi: 48\nbackbone: unet\n"
-        "privacy_mode: none         # NOT PRIVATE\n",
+        "privacy_mode: none         # NOT PRIVATE; for private training delete this line and set epsilon: 8.0\n",
         encoding="utf-8",
     )
     typer.echo(f"Wrote {path}. Set dataset_dir, then: fediod site verify {hospital} --sites {sites}")

@@ -27,7 +27,6 @@ from fediod_med.privacy.accounting import epsilon_report
 from fediod_med.privacy.discriminator import DiscriminatorPlan
 from fediod_med.privacy.gate import Gate, digest_of
 from fediod_med.privacy.statement import NOT_PRIVATE, privacy_statement
-from fediod_med.site_gate import open_gate
 from fediod_med.sites import Site
 from fediod_med.teacher import labelled, train_teacher
 
@@ -55,6 +54,7 @@ class Hospital:
 
 def open_hospital(
     site: Site,
+    gate: Gate,
     *,
     out: Path,
     seed: int,
@@ -64,10 +64,11 @@ def open_hospital(
     on_epoch: Callable[[int, int, float], None],
     on_step: Callable[[int, int], None],
 ) -> Hospital:
-    """Open the gate, find or train the teacher, read the scans.
+    """Find or train the teacher, read the scans.
 
     Args:
         site: settings; its seed is added to the run's.
+        gate: of the site, see `site_gate.open_gate`.
         out: run folder; a teacher trained here lies in `teachers/<site>`.
         seed: of the run.
         device: see `devices.pick_device`.
@@ -82,7 +83,6 @@ def open_hospital(
     """
     name = site.site_name
     site = dataclasses.replace(site, seed=site.seed + seed)
-    gate = open_gate(site)
     trained = weights_path(out / "teachers" if teachers is None else teachers, name)
     if trained is None and teachers is not None:
         raise SettingsError(
@@ -96,6 +96,7 @@ def open_hospital(
             public=sampler if site.rehearsal else None,
             on_epoch=on_epoch,
             on_step=on_step,
+            gate=gate,
         )
     teacher, provenance = load_segmenter(trained)
     if provenance.spacing != site.spacing:
@@ -159,26 +160,21 @@ def planned_releases(schedule: Schedule, *, compare: bool) -> int:
     return schedule.rounds + generator_rounds(schedule) + (schedule.rounds if compare else 0)
 
 
-def announcements(hospitals: Sequence[Site], schedule: Schedule, *, compare: bool) -> list[str]:
-    """What the privacy of a run will cost, one line a hospital, before anything is asked or trained.
+def announcement(site: Site, gate: Gate, schedule: Schedule, *, compare: bool) -> str:
+    """What the privacy of a run will cost one hospital's patients, before anything is asked or trained.
 
     Raises:
         SettingsError: a hospital of mode `gradient` has planned fewer releases than the run needs.
     """
-    lines = []
-    for site in hospitals:
-        if not site.private:
-            lines.append(f"{site.site_name}: NOT PRIVATE. {NOT_PRIVATE}")
-            continue
-        gate = open_gate(site)
-        needed = planned_releases(schedule, compare=compare)
-        if site.privacy_mode == "gradient" and needed > site.releases:
-            raise SettingsError(
-                f"{site.site_name}: this run needs {needed} releases, and the site plans {site.releases}; set "
-                f"`releases: {needed}` in its site file, or ask for fewer rounds or --no-compare"
-            )
-        lines.append(f"{site.site_name}: {planned_cost(gate, releases=needed)}")
-    return lines
+    if not site.private:
+        return f"{site.site_name}: NOT PRIVATE. {NOT_PRIVATE}"
+    needed = planned_releases(schedule, compare=compare)
+    if site.privacy_mode == "gradient" and needed > site.releases:
+        raise SettingsError(
+            f"{site.site_name}: this run needs {needed} releases, and the site plans {site.releases}; set "
+            f"`releases: {needed}` in its site file, or ask for fewer rounds or --no-compare"
+        )
+    return f"{site.site_name}: {planned_cost(gate, releases=needed)}"
 
 
 def planned_cost(gate: Gate, *, releases: int) -> str:

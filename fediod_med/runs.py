@@ -49,7 +49,7 @@ from fediod_med.errors import SettingsError
 from fediod_med.evaluation import SubjectScore, evaluate_predictor, paired_difference, summarise, write_scores
 from fediod_med.export import bundle_weights, write_central_bundle
 from fediod_med.federation.embedded import EmbeddedFederation
-from fediod_med.hospitals import announcements, copy_ledger, open_federation, open_hospital, privacy_record
+from fediod_med.hospitals import announcement, copy_ledger, open_federation, open_hospital, privacy_record
 from fediod_med.inference import privacy_banner, segment_subject, write_case
 from fediod_med.labels import LabelScheme, get_scheme
 from fediod_med.networks import Generator, build_segmenter
@@ -57,6 +57,7 @@ from fediod_med.prior import train_prior
 from fediod_med.privacy import statement
 from fediod_med.privacy.records import Head
 from fediod_med.resources import NOT_FOR_CLINICAL_USE, public_prior
+from fediod_med.site_gate import open_gate
 from fediod_med.sites import Site, check_disjoint, load_sites
 from fediod_med.teacher import WEIGHTS, labelled, train_teacher, warm_start
 
@@ -139,8 +140,10 @@ def run_distillation(
     if objective is None:
         objective = GeneratorObjective() if mode == "conditional" else PAPER_OBJECTIVE
     clock = _Clock()
-    for line in announcements(sites, schedule, compare=compare):
-        announce(line)
+    with clock("privacy plans"):
+        gates = [open_gate(site) for site in sites]
+    for site, gate in zip(sites, gates, strict=True):
+        announce(announcement(site, gate, schedule, compare=compare))
 
     with clock("phantoms"):
         sampler = PublicSampler(
@@ -154,6 +157,7 @@ def run_distillation(
         hospitals = [
             open_hospital(
                 site,
+                gate,
                 out=out,
                 seed=seed,
                 device=device,
@@ -162,7 +166,7 @@ def run_distillation(
                 on_epoch=_on_epoch(progress, f"teacher {site.site_name}"),
                 on_step=_on_step(progress, f"teacher {site.site_name}"),
             )
-            for site in sites
+            for site, gate in zip(sites, gates, strict=True)
         ]
     heads = _read_heads(out)
     for hospital in hospitals:

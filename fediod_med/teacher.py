@@ -28,6 +28,7 @@ from fediod_med.data.nifti import read_label
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.errors import FediodError, SettingsError
 from fediod_med.labels import LabelScheme, get_scheme
+from fediod_med.privacy.gate import Gate
 from fediod_med.resources import bundle_dir, public_prior
 from fediod_med.sites import SITE_FILE, Site, check_settings, load_site
 
@@ -257,6 +258,7 @@ def train_teacher(
     trained_on: str = "patients of one hospital",
     on_epoch: Callable[[int, int, float], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    gate: Gate | None = None,
 ) -> Path:
     """Train one hospital's teacher by running its bundle in this process.
 
@@ -272,6 +274,7 @@ def train_teacher(
         trained_on: of the provenance.
         on_epoch: receives (epoch, epochs, loss); never called in a private training.
         on_step: receives (step, steps) of a private training.
+        gate: of the site, for a private training; opened by the bundle when omitted.
 
     Returns:
         The weights file.
@@ -292,7 +295,8 @@ def train_teacher(
     if site.privacy_mode == "dp-sgd":
         if data is not None:
             raise SettingsError(f"{site.site_name}: a private training uses the site's own patients, and no others")
-        _run_bundle("train_private", {**override, "site": site, "on_step": on_step})
+        own = {} if gate is None else {"gate": gate}
+        _run_bundle("train_private", {**override, **own, "site": site, "on_step": on_step})
     else:
         _run_bundle("train", {**override, "kind": kind, "trained_on": trained_on, "on_epoch": on_epoch})
     return path

@@ -33,6 +33,7 @@ from fediod_med.errors import ProtocolError, SettingsError, WeightsError
 from fediod_med.federation.critic import PlainCritic
 from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.node import SiteNode
+from fediod_med.losses import transfer_divergence
 from fediod_med.networks import Generator, build_segmenter
 from fediod_med.prior import train_prior
 from fediod_med.privacy.gate import Gate
@@ -225,7 +226,7 @@ def test_rehearsal_draws_fresh_phantoms_whose_target_is_the_label_map_alone(
     """Both halves of a batch are seen at the loss: the rehearsed target is one-hot, the ensemble's is not."""
     drawn: list[tuple[int, int]] = []
     sharp: list[list[bool]] = []
-    draw, divergence = bench.sampler.draw, distillation.transfer_divergence
+    draw = bench.sampler.draw
 
     def noted_draw(step: int, batch: int) -> PublicBatch:
         drawn.append((step, batch))
@@ -233,7 +234,7 @@ def test_rehearsal_draws_fresh_phantoms_whose_target_is_the_label_map_alone(
 
     def noted_divergence(target: Tensor, logits: Tensor) -> Tensor:
         sharp.append([bool((volume.amax(0) == 1).all()) for volume in target])
-        return divergence(target, logits)
+        return transfer_divergence(target, logits)
 
     monkeypatch.setattr(bench.sampler, "draw", noted_draw)
     monkeypatch.setattr(distillation, "transfer_divergence", noted_divergence)

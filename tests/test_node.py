@@ -74,6 +74,7 @@ def test_replies_carry_the_listed_tensors_only(tmp_path: Path) -> None:
         (pulled, {"x_gradient"}),
         (plain, {"probs"}),
     ):
+        assert isinstance(reply, Reply)
         assert set(reply.tensors) == fields <= REPLY_FIELDS[reply.kind]
         assert reply.site == "hospital-a"
         assert not any(tensor.requires_grad for tensor in reply.tensors.values())

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,9 +19,9 @@ from fediod_med.distillation import Schedule
 from fediod_med.errors import BudgetExceeded, InputError, PrivacyError, ProtocolError, SettingsError
 from fediod_med.federation.critic import PlainCritic, PrivateCritic
 from fediod_med.federation.node import SiteNode
-from fediod_med.hospitals import announcements, open_hospital
+from fediod_med.hospitals import announcement, open_hospital
 from fediod_med.networks import build_segmenter
-from fediod_med.privacy import training
+from fediod_med.privacy import noise, training
 from fediod_med.privacy.accounting import rdp_epsilon
 from fediod_med.privacy.discriminator import DiscriminatorPlan
 from fediod_med.privacy.gate import Gate, Sealed
@@ -48,7 +49,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def site_files(root: Path, data: Path, **settings: str) -> Path:
     """Site files with a budget, below `root`."""
-    privacy = {"epsilon": "8.0", "private_steps": "2", "discriminator_steps": "2", "crops": "1", **settings}
+    privacy = {
+        "epsilon": "8.0",
+        "private_steps": "2",
+        "discriminator_steps": "2",
+        "crops": "1",
+        "rehearsal": "0.0",
+    } | settings
     for name in ("h0", "h1"):
         (root / name).mkdir(parents=True)
         (root / name / "site.yaml").write_text(
@@ -68,7 +75,7 @@ def site(tmp_path: Path, data: Path) -> Site:
 def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A finished private run; its site files lie in `sites` beside its folder."""
     root = tmp_path_factory.mktemp("private")
-    sites = load_sites(site_files(root / "sites", data))
+    sites = load_sites(site_files(root / "sites", data, rehearsal="0.5"))
     said: list[str] = []
     run_distillation(
         sites,
@@ -125,21 +132,25 @@ def test_mode_none_has_no_ledger(site: Site) -> None:
 def test_a_private_teacher_is_charged_before_it_sees_a_patient_and_carries_its_permit(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gate = open_gate(site)
     spent_at_first_draw: list[int] = []
-    draw = training.poisson_draw
 
-    def noted(count: int, rate: float, **options: object) -> object:
-        spent_at_first_draw.append(len(open_gate(site).spent()))
-        return draw(count, rate, **options)  # type: ignore[arg-type]
+    def noted(count: int, rate: float, source: noise.NoiseSource | None = None) -> np.ndarray:
+        spent_at_first_draw.append(len(gate.spent()))
+        return noise.poisson_draw(count, rate, source)
 
     monkeypatch.setattr(training, "poisson_draw", noted)
     seen: list[tuple[int, int]] = []
     path = train_teacher(
-        site, output_dir=tmp_path / "out", device="cpu", on_step=lambda done, total: seen.append((done, total))
+        site,
+        output_dir=tmp_path / "out",
+        device="cpu",
+        on_step=lambda done, total: seen.append((done, total)),
+        gate=gate,
     )
     assert spent_at_first_draw == [1, 1] and seen == [(1, 2), (2, 2)]
     network, provenance = load_segmenter(path)
-    permit = open_gate(site).permit_for(weights_digest(network.state_dict()))
+    permit = gate.permit_for(weights_digest(network.state_dict()))
     terms = provenance.privacy["h0"]
     assert (terms["mode"], terms["epsilon"], terms["permit"]) == ("dp-sgd", 8.0, permit.permit_id)
     assert not list((tmp_path / "out").glob("*.pt"))
@@ -200,6 +211,7 @@ def test_a_teacher_that_the_ledger_did_not_pay_for_is_refused(site: Site, tmp_pa
     with pytest.raises(PrivacyError, match="expected a teacher that the ledger of h0 paid for"):
         open_hospital(
             site,
+            open_gate(site),
             out=tmp_path,
             seed=0,
             device="cpu",
@@ -307,7 +319,7 @@ def test_a_query_beyond_the_budget_is_refused_before_the_teacher_is_asked(site: 
     node, _ = gradient_node(dataclasses.replace(site, privacy_mode="gradient", releases=2), tmp_path)
     for number in (1, 2):
         node.handle(answer(number))
-    node._teacher.forward = lambda x: pytest.fail("the teacher was asked")  # type: ignore[method-assign]
+    node._teacher.forward = lambda x: pytest.fail("the teacher was asked")
     with pytest.raises(BudgetExceeded):
         node.handle(answer(3))
 
@@ -316,7 +328,7 @@ def test_a_private_site_does_not_answer_from_a_teacher_without_a_permit(site: Si
     gate = open_gate(site)
     teacher = build_segmenter("unet", width=4, depth=2)
     node = SiteNode("h0", teacher, torch.ones(2, 4), critic=None, gate=gate, device=CPU)
-    node._teacher.forward = lambda x: pytest.fail("the teacher was asked")  # type: ignore[method-assign]
+    node._teacher.forward = lambda x: pytest.fail("the teacher was asked")
     with pytest.raises(PrivacyError, match="permit"):
         node.handle(answer(1, adversarial=False))
     with pytest.raises(PrivacyError, match="permit"):
@@ -368,7 +380,7 @@ def test_a_changed_byte_of_a_runs_ledger_or_policy_is_found(finished: Path, tmp_
     shutil.copytree(finished, copy)
     path = copy / "privacy" / "h1" / file
     good = path.read_bytes()
-    for position in range(0, len(good), 37):
+    for position in range(0, len(good), 97):
         path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
         assert not check_claim(find_claims(copy)[1], with_dp_accounting=False).ok, position
     path.write_bytes(good)
@@ -397,9 +409,10 @@ def test_another_run_of_the_same_patients_is_paid_from_the_same_budget(finished:
         run_distillation(sites, out=finished.parent / "second", schedule=TINY, pool=3, device="cpu", seed=5)
 
 
-def test_the_papers_mode_needs_its_releases_planned(tmp_path: Path, data: Path) -> None:
-    sites = load_sites(site_files(tmp_path, data, privacy_mode="gradient", releases="5"))
+def test_the_papers_mode_needs_its_releases_planned(site: Site) -> None:
+    paper = dataclasses.replace(site, privacy_mode="gradient", releases=5)
+    gate = open_gate(paper)
     with pytest.raises(SettingsError, match=r"needs 6 releases, and the site plans 5; set `releases: 6`"):
-        announcements(sites, TINY, compare=False)
-    (line, _) = announcements(sites, dataclasses.replace(TINY, rounds=3), compare=False)
+        announcement(paper, gate, TINY, compare=False)
+    line = announcement(paper, gate, dataclasses.replace(TINY, rounds=3), compare=False)
     assert "mode gradient" in line and "5 releases" in line and "sensitivity 2C = 2" in line
