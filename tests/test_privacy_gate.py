@@ -391,11 +391,77 @@ def test_only_models_with_a_permit_pass_freely(tmp_path):
     assert calls == []
     gate.finish_training(teacher, "w")
     spent = gate.spent_epsilon()
-    sealed = gate.pass_through(payload, permits=[teacher.permit_id, critic.permit_id], floor_mode="dp-sgd")
+    both = frozenset({"teacher", "discriminator"})
+    sealed = gate.pass_through(
+        payload, permits=[teacher.permit_id, critic.permit_id], kinds=both, floor_mode="dp-sgd"
+    )  # fmt: skip
     assert (sealed.payload, sealed.mode, sealed.head) == (b"x", "dp-sgd", gate.head)
     assert gate.spent_epsilon() == spent
     with pytest.raises(PrivacyError, match="no permit"):
         gate.permit_for("unknown weights")
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        (["discriminator"], {"discriminator"}),  # a teacher is always involved
+        (["discriminator"], {"teacher"}),
+        (["teacher"], {"teacher", "discriminator"}),
+        (["teacher", "discriminator"], {"teacher"}),
+        (["teacher", "teacher"], {"teacher"}),
+        (["teacher", "teacher"], {"teacher", "discriminator"}),
+    ],
+)
+def test_every_model_involved_needs_its_own_permit(tmp_path, names, kinds):
+    gate = open_gate(tmp_path, trained())
+    permits = {kind: gate.begin_training(kind, run_id="r", settings_digest="s") for kind in trained()}
+    gate.finish_training(permits["teacher"], "w")
+    given = [permits[name].permit_id for name in names]
+    with pytest.raises(PrivacyError, match="expected one permit for each of"):
+        gate.pass_through(lambda: pytest.fail("computed"), permits=given, kinds=frozenset(kinds), floor_mode="none")
+
+
+def test_updates_are_counted_in_the_key_folder_and_never_given_out_twice(tmp_path):
+    gate = open_gate(tmp_path, trained())
+    permit = gate.begin_training("discriminator", run_id="r", settings_digest="s").permit_id
+    assert gate.progress(permit) == 0
+    gate.advance(permit, 1)
+    gate.advance(permit, 4)
+    del gate  # nothing that a process or a run folder holds
+    gate = open_gate(tmp_path, trained())
+    assert gate.begin_training("discriminator", run_id="r", settings_digest="s").resumed
+    assert gate.progress(permit) == 4
+    for number in (4, 1, 0):
+        with pytest.raises(PrivacyError, match="update 4 was begun already"):
+            gate.advance(permit, number)
+    gate.begin_training("teacher", run_id="r", settings_digest="s")  # other records leave the count alone
+    gate.advance(permit, 10)
+    with pytest.raises(BudgetExceeded, match="10 were paid for"):
+        gate.advance(permit, 11)
+    assert gate.progress(permit) == 10
+
+
+def test_an_update_is_on_disk_before_it_is_let_be_made(tmp_path, monkeypatch):
+    gate = open_gate(tmp_path, trained())
+    permit = gate.begin_training("discriminator", run_id="r", settings_digest="s").permit_id
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor)), fsync(descriptor)))
+    gate.advance(permit, 1)
+    (witness,) = (tmp_path / "key" / "universes").glob("*.json")
+    assert {witness.stat().st_ino, witness.parent.stat().st_ino} <= {stat.st_ino for stat in synced}
+
+
+def test_finished_or_unknown_trainings_make_no_updates(tmp_path):
+    gate = open_gate(tmp_path, trained())
+    permit = gate.begin_training("teacher", run_id="r", settings_digest="s")
+    gate.finish_training(permit, "w")
+    with pytest.raises(PrivacyError, match="it is finished"):
+        gate.advance(permit.permit_id, 1)
+    for call in (gate.progress, lambda permit_id: gate.advance(permit_id, 1)):
+        with pytest.raises(PrivacyError, match="expected a permit of this ledger"):
+            call("0" * 64)
+    with pytest.raises(PrivacyError, match="mode none"):
+        Gate.unprotected("a").advance(permit.permit_id, 1)
 
 
 def test_nothing_passes_freely_in_mode_gradient_and_a_floor_holds(tmp_path):

@@ -151,6 +151,50 @@ class Gate:
             self._hold(permit)
             return permit
 
+    def progress(self, permit_id: str) -> int:
+        """Number of the newest update that a training was let make, from 1; 0 before the first.
+
+        It is kept beside the ledger's key, so neither a new run folder nor a lost state of the training sets it back: a
+        resumed training that lacks its state at this number must refuse, or leave the updates so far unused.
+
+        Raises:
+            PrivacyError: not a permit of this ledger, or mode `none`.
+        """
+        ledger = self._charging("training")
+        with ledger.locked():
+            return ledger.progress(self.check_permit(permit_id).permit_id)
+
+    def advance(self, permit_id: str, number: int) -> None:
+        """Let a training make its update `number`; called, and on disk, before the update touches a patient.
+
+        An update whose number was given out stays used, whether it was made or not.
+
+        Args:
+            permit_id: of the training.
+            number: from 1, above every number before.
+
+        Raises:
+            BudgetExceeded: `number` is beyond the updates that were paid for.
+            PrivacyError: the number, or a later one, was given out before; the training is finished; not a permit of
+                this ledger; mode `none`.
+        """
+        ledger = self._charging("training")
+        with ledger.locked():
+            permit = self.check_permit(permit_id)
+            if number > permit.mechanism.steps:
+                raise BudgetExceeded(
+                    f"{self.site}: {permit.kind} {permit_id[:12]}: asked for update {number}, and "
+                    f"{permit.mechanism.steps} were paid for; no patient was touched"
+                )
+            made = ledger.progress(permit_id)
+            if permit.weights is not None or number <= made:
+                state = "it is finished" if permit.weights is not None else f"update {made} was begun already"
+                raise PrivacyError(
+                    f"{self.site}: {permit.kind} {permit_id[:12]}: asked for update {number}, but {state}; an update "
+                    "is never made twice: continue from the newest state, or train anew"
+                )
+            ledger.advance(permit_id, number)
+
     def finish_training(self, permit: Permit, weights_sha256: str) -> None:
         """Record the weights that a permit produced; the same weights twice are no error.
 
@@ -184,17 +228,26 @@ class Gate:
             raise PrivacyError(f"{self.site}: expected a permit of this ledger, found {permit_id[:12]!r}; train anew")
         return permit
 
-    def pass_through(self, payload_fn: Callable[[], bytes], *, permits: Sequence[str], floor_mode: str) -> Sealed:
+    def pass_through(
+        self,
+        payload_fn: Callable[[], bytes],
+        *,
+        permits: Sequence[str],
+        kinds: frozenset[str] = frozenset({"teacher"}),
+        floor_mode: str,
+    ) -> Sealed:
         """Let post-processing of private models pass, at no charge.
 
         Args:
             payload_fn: computes what leaves, from the models of these permits and public data alone.
-            permits: ids of all models involved: finished teachers, and discriminators begun or finished.
+            permits: ids of all models involved, one of each kind: a finished teacher; a discriminator begun or
+                finished.
+            kinds: of the models involved; a teacher always is.
             floor_mode: the weakest mode that the receiver accepts.
 
         Raises:
-            PrivacyError: before `payload_fn`: no permit, an unknown one, an unfinished teacher, mode `gradient` (whose
-                models are not private), or a mode below `floor_mode`.
+            PrivacyError: before `payload_fn`: permits of other kinds than `kinds`, an unknown one, an unfinished
+                teacher, mode `gradient` (whose models are not private), or a mode below `floor_mode`.
         """
         order = list(MODES)
         if floor_mode not in order or order.index(self.mode) < order.index(floor_mode):
@@ -204,7 +257,14 @@ class Gate:
         if self.mode != "dp-sgd" or not permits:
             raise PrivacyError(f"{self.site}: only outputs of models with a permit pass freely; use a charged release")
         with self._ledger.locked():
-            for permit in map(self.check_permit, permits):
+            named = [self.check_permit(permit_id) for permit_id in permits]
+            found, expected = sorted(permit.kind for permit in named), sorted(kinds | {"teacher"})
+            if found != expected:
+                raise PrivacyError(
+                    f"{self.site}: expected one permit for each of {', '.join(expected)}, found {', '.join(found)}; a "
+                    "model without a permit is not private: train it under one"
+                )
+            for permit in named:
                 if permit.kind != "discriminator" and permit.weights is None:
                     raise PrivacyError(f"{self.site}: the {permit.kind} is not finished; train it first")
         return Sealed(payload_fn(), self._ledger.head, self.mode)

@@ -15,6 +15,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,19 @@ from fediod_med.privacy.records import RESTORE, Head, Record, canonical, read_ch
 
 LEDGER, POLICY, PAYLOADS, KEY = "ledger.jsonl", "policy.json", "payloads", "ledger.key"
 _READABLE_BY_OTHERS = 0o077
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What the key folder knows of a ledger.
+
+    Attributes:
+        head: a record that the ledger must contain.
+        progress: by permit, the newest update that its training was let make.
+    """
+
+    head: Head
+    progress: Mapping[str, int]
 
 
 def ledger_key(key_folder: Path) -> bytes:
@@ -151,6 +165,14 @@ class PrivacyLedger:
         self._move_witness()
         return record
 
+    def progress(self, permit: str) -> int:
+        """Number of the newest update that a training was let make; 0 before the first. Only inside `locked()`."""
+        return self._progress().get(permit, 0)
+
+    def advance(self, permit: str, number: int) -> None:
+        """Remember, synced, that a training makes update `number`; only inside `locked()`."""
+        self._put_witness(Witness(self.head, {**self._progress(), permit: number}))
+
     def store(self, payload: bytes) -> str:
         """Keep a sealed payload for replay, synced; its SHA-256."""
         name = hashlib.sha256(payload).hexdigest()
@@ -212,7 +234,8 @@ class PrivacyLedger:
         self.history, self._size, self._last_line = History(), 0, b""
 
     def _check_witness(self) -> None:
-        head, witness = self.head, self._read_witness()
+        head, seen = self.head, self._read_witness()
+        witness = None if seen is None else seen.head
         if witness is None:
             if head.sequence > 0:
                 raise PrivacyError(f"{self._witness}: the witness of this ledger is missing; restore the key folder")
@@ -226,18 +249,26 @@ class PrivacyLedger:
         if head.sequence >= 0 and witness != head:
             self._move_witness()
 
-    def _read_witness(self) -> Head | None:
+    def _read_witness(self) -> Witness | None:
         if not self._witness.exists():
             return None
         try:
             raw = json.loads(self._witness.read_bytes())
-            return Head(int(raw["sequence"]), str(raw["hash"]))
-        except (ValueError, TypeError, KeyError) as error:
+            progress = {str(permit): int(number) for permit, number in raw.get("progress", {}).items()}
+            return Witness(Head(int(raw["sequence"]), str(raw["hash"])), progress)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PrivacyError(f"{self._witness}: expected a witness, found something else; restore it") from error
 
+    def _progress(self) -> Mapping[str, int]:
+        witness = self._read_witness()
+        return {} if witness is None else witness.progress
+
     def _move_witness(self) -> None:
-        head = self.head
-        replace_synced(self._witness, canonical({"sequence": head.sequence, "hash": head.hash}), 0o600)
+        self._put_witness(Witness(self.head, self._progress()))
+
+    def _put_witness(self, witness: Witness) -> None:
+        raw = {"sequence": witness.head.sequence, "hash": witness.head.hash, "progress": dict(witness.progress)}
+        replace_synced(self._witness, canonical(raw), 0o600)
 
     def _take_up_policy(self) -> None:
         path = self.folder / POLICY
