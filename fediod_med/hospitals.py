@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from fediod_med.errors import PrivacyError, SettingsError
 from fediod_med.federation.critic import Critic, PlainCritic, PrivateCritic
 from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.node import SiteNode
-from fediod_med.privacy.accounting import epsilon_report
+from fediod_med.privacy.accounting import epsilon_report, rdp_epsilon
 from fediod_med.privacy.discriminator import DiscriminatorPlan
 from fediod_med.privacy.gate import Gate, digest_of
+from fediod_med.privacy.records import Head
 from fediod_med.privacy.statement import NOT_PRIVATE, privacy_statement
 from fediod_med.sites import Site
 from fediod_med.teacher import labelled, train_teacher
@@ -136,9 +138,19 @@ def teacher_permits(gate: Gate, teacher: nn.Module, provenance: Provenance, path
 
 
 def open_federation(
-    hospitals: Sequence[Hospital], *, out: Path, seed: int, run_id: str, device: torch.device, adversarial: bool
+    hospitals: Sequence[Hospital],
+    *,
+    out: Path,
+    seed: int,
+    run_id: str,
+    device: torch.device,
+    adversarial: bool,
+    heads: Mapping[str, Head] | None = None,
 ) -> EmbeddedFederation:
-    """The hospitals as one federation; with `adversarial`, each has a discriminator, paid for where that is due."""
+    """The hospitals as one federation; with `adversarial`, each has a discriminator, paid for where that is due.
+
+    `heads` are the states of the hospitals' ledgers that the centre has seen before.
+    """
     return EmbeddedFederation(
         {
             h.site.site_name: SiteNode(
@@ -151,7 +163,8 @@ def open_federation(
                 device=device,
             )
             for h in hospitals
-        }
+        },
+        heads=heads,
     )
 
 
@@ -191,10 +204,19 @@ def planned_cost(gate: Gate, *, releases: int) -> str:
         teacher = policy.part("teacher")
         how = f"{teacher.steps} private steps at q = {teacher.sample_rate:g}, noise {teacher.noise_multiplier:.3g} x C"
     report = epsilon_report(plan, policy.delta)
+    spent = gate.spent()
+    before = (
+        "nothing spent before"
+        if not spent
+        else (
+            f"spent before {rdp_epsilon(spent, policy.delta):.4g}, with this run at most "
+            f"{rdp_epsilon([*spent, *plan], policy.delta):.4g}"
+        )
+    )
     tighter = "" if report.prv is None else f", {report.prv:.3g} by PRV"
     return (
         f"mode {policy.mode}, {policy.patients} patients, {how}: epsilon {report.rdp:.4g} by RDP (enforced){tighter}, "
-        f"delta {policy.delta:g}; budget {policy.epsilon:g}, spent before {gate.spent_epsilon() or 0:.4g}"
+        f"delta {policy.delta:g}; budget {policy.epsilon:g}, {before}"
     )
 
 
@@ -247,6 +269,8 @@ def _critic(hospital: Hospital, *, out: Path, seed: int, run_id: str, device: to
         hospital.patients,
         plan=plan,
         permit=permit.permit_id,
+        done=gate.progress(permit.permit_id),
+        journal=partial(gate.advance, permit.permit_id),
         state_dir=state_dir,
         device=device,
     )

@@ -142,6 +142,8 @@ def run_distillation(
     clock = _Clock()
     with clock("privacy plans"):
         gates = [open_gate(site) for site in sites]
+    for gate in gates:
+        gate.witness(_read_heads(out).get(gate.site))
     for site, gate in zip(sites, gates, strict=True):
         announce(announcement(site, gate, schedule, compare=compare))
 
@@ -163,14 +165,11 @@ def run_distillation(
                 device=device,
                 teachers=teachers,
                 sampler=sampler,
-                on_epoch=_on_epoch(progress, f"teacher {site.site_name}"),
+                on_epoch=_on_epoch(progress, f"teacher {site.site_name}", private=site.private),
                 on_step=_on_step(progress, f"teacher {site.site_name}"),
             )
             for site, gate in zip(sites, gates, strict=True)
         ]
-    heads = _read_heads(out)
-    for hospital in hospitals:
-        hospital.gate.witness(heads.get(hospital.site.site_name))
 
     def student_with(generator: Generator | None, name: str) -> tuple[DistillationState, EmbeddedFederation]:
         federation = open_federation(
@@ -180,7 +179,13 @@ def run_distillation(
             run_id=f"{run_id}-{name}",
             device=compute_on,
             adversarial=generator is not None,
+            heads=_read_heads(out),
         )
+
+        def on_round(record: Mapping[str, float]) -> None:
+            _write_heads(out, federation)
+            progress(f"distil {name}", int(record["round"]), schedule.rounds, _losses(record))
+
         torch.manual_seed(seed)
         student = warm_start(build_segmenter(**STUDENT), init="auto", spec=STUDENT)
         state = distill(
@@ -196,15 +201,18 @@ def run_distillation(
             device=compute_on,
             checkpoint=out / "checkpoints" / f"{name}.pt",
             resume=resume,
-            on_round=lambda r: progress(f"distil {name}", int(r["round"]), schedule.rounds, _losses(r)),
+            on_round=on_round,
         )
-        _write_heads(out, federation)
         return state, federation
 
     torch.manual_seed(seed)
     with clock("distillation"):
         state, federation = student_with(Generator(mode, size=roi), "student")
     assert state.counts is not None  # asked for in the first round
+    if compare:
+        with clock("kd_phantoms"):
+            phantom_state, _ = student_with(None, "kd-phantoms")
+    # Nothing is asked of a hospital any more: what stands in the ledgers now is what the run has cost.
     privacy = {hospital.site.site_name: privacy_record(hospital) for hospital in hospitals}
     student_provenance = _provenance("student", privacy, spacing, roi, seed, schedule, data_name)
     student_weights = out / "student.safetensors"
@@ -214,22 +222,23 @@ def run_distillation(
     with clock("reading held-out scans"):
         scans = prepare([subject for _, subject in scans_of], spacing=spacing)
     cases = [(site.site_name, subject, get_scheme(site.label_scheme)) for site, subject in scans_of]
+    # In mode `gradient` a teacher is not private: nothing that it says itself may leave, scores included.
+    shown = [h for h in hospitals if h.site.privacy_mode != "gradient"]
     predictors = {
-        f"site:{h.site.site_name}": network_predictor(h.teacher, scans, roi=roi, device=compute_on) for h in hospitals
+        f"site:{h.site.site_name}": network_predictor(h.teacher, scans, roi=roi, device=compute_on) for h in shown
     }
-    predictors["ensemble"] = ensemble_predictor(
-        [h.teacher for h in hospitals], state.counts, scans, roi=roi, device=compute_on
-    )
+    if len(shown) == len(hospitals):
+        predictors["ensemble"] = ensemble_predictor(
+            [h.teacher for h in hospitals], state.counts, scans, roi=roi, device=compute_on
+        )
     prior, _ = load_segmenter(public_prior(), compute_on)
     predictors["prior"] = network_predictor(prior, scans, roi=roi, device=compute_on)
     if compare:
-        with clock("kd_phantoms"):
-            phantom_state, _ = student_with(None, "kd-phantoms")
         predictors["kd_phantoms"] = network_predictor(
             phantom_state.student_average.module, scans, roi=roi, device=compute_on
         )
     predictors["student"] = network_predictor(state.student_average.module, scans, roi=roi, device=compute_on)
-    if compare:
+    if compare and not any(site.private for site in sites):  # pooled training keeps no promise
         with clock("pooled"):
             pooled = _pooled(sites, out=out, seed=seed, device=device, sampler=sampler, progress=progress)
         predictors["pooled"] = network_predictor(pooled, scans, roi=roi, device=compute_on)
@@ -250,7 +259,9 @@ def run_distillation(
         summary=summary["rows"]["student"],
         evaluated_on=f"held-out {data_name} of the hospitals",
     )
-    for key, rows in scores.items():
+    # A private run on patients shows none of them: no slice, no id, no score of a single one.
+    discreet = data_name != "phantoms" and any(site.private for site in sites)
+    for key, rows in scores.items() if not discreet else ():
         write_scores(out / "scores" / f"{key.replace(':', '-')}.csv", rows, privacy=summary["privacy"], seed=seed)
     reporting.write_json(out / "history.json", {"notice": NOT_FOR_CLINICAL_USE, "rounds": state.history})
     synthetic = _write_synthetic(state, sampler if mode == "conditional" else None, out, roi, seed, compute_on, spacing)
@@ -258,7 +269,7 @@ def run_distillation(
         out / "figures",
         summary=summary,
         history=[{k: v for k, v in record.items() if k != "sites"} for record in state.history],
-        panel=_panel(cases[0], predictors, synthetic, spacing, data_name),
+        panel=_panel(None if discreet else cases[0], predictors, synthetic, spacing, data_name),
         banner=f"{privacy_banner(student_provenance)}. {data_name}. {NOT_FOR_CLINICAL_USE}",
     )
     reporting.write_json(out / "summary.json", summary)
@@ -279,8 +290,12 @@ def run_distillation(
             privacy=privacy,
             seeds={"run": seed},
             seconds=clock.seconds,
-            inputs=[path for _, subject in scans_of for path in dict.fromkeys(subject.images.values())],
-            cases={subject.subject_id: {"site": site.site_name, "status": "scored"} for site, subject in scans_of},
+            inputs=()
+            if discreet
+            else [path for _, subject in scans_of for path in dict.fromkeys(subject.images.values())],
+            cases={}
+            if discreet
+            else {subject.subject_id: {"site": site.site_name, "status": "scored"} for site, subject in scans_of},
         ),
     )
     return RunResult(out, summary, bundle)
@@ -562,8 +577,8 @@ def _summary(
         "held_out": {site.site_name: f"fold {site.fold} of {site.folds}" for site in sites},
         "rows": rows,
         "ratios": {
-            "student_to_ensemble": rows["student"]["mean"] / rows["ensemble"]["mean"],
-            "student_to_best_site": rows["student"]["mean"] / max(site_means),
+            "student_to_ensemble": rows["student"]["mean"] / rows["ensemble"]["mean"] if "ensemble" in rows else None,
+            "student_to_best_site": rows["student"]["mean"] / max(site_means) if site_means else None,
         },
         "student_minus": {
             key: paired_difference(scores["student"], found, seed=seed)
@@ -597,12 +612,14 @@ def _read_heads(out: Path) -> dict[str, Head]:
 
 
 def _write_heads(out: Path, federation: EmbeddedFederation) -> None:
-    heads = _read_heads(out) | federation.heads
-    reporting.write_json(out / "heads.json", {site: dataclasses.asdict(head) for site, head in heads.items()})
+    if federation.heads:
+        heads = {site: dataclasses.asdict(head) for site, head in federation.heads.items()}
+        reporting.write_json(out / "heads.json", heads)
 
 
-def _on_epoch(progress: Progress, stage: str) -> Callable[[int, int, float], None]:
-    return lambda done, total, loss: progress(stage, done, total, f"loss {loss:.3f}")
+def _on_epoch(progress: Progress, stage: str, *, private: bool) -> Callable[[int, int, float], None]:
+    """Shows the loss of a training, unless the hospital promised privacy: a loss is a statistic of its patients."""
+    return lambda done, total, loss: progress(stage, done, total, "" if private else f"loss {loss:.3f}")
 
 
 def _on_step(progress: Progress, stage: str) -> Callable[[int, int], None]:
@@ -633,31 +650,33 @@ def _write_synthetic(
 
 
 def _panel(
-    case: tuple[str, Subject, LabelScheme],
+    case: tuple[str, Subject, LabelScheme] | None,
     predictors: Mapping[str, Callable[[Subject], np.ndarray]],
     synthetic: tuple[Tensor, Tensor | None],
     spacing: float,
     data_name: str,
 ) -> list[reporting.PanelRow]:
-    """The real / synthetic / ensemble / student figure: a held-out scan of the first hospital, and one volume of G."""
-    _, subject, scheme = case
-    volume = read_subject(subject)
+    """The real / synthetic / ensemble / student figure; without a case, the synthetic volume alone."""
     x, classes = synthetic
+    volume = reporting.PanelRow(
+        "synthetic",
+        x.numpy(),
+        None if classes is None else classes.numpy(),
+        np.diag([spacing, spacing, spacing, 1.0]),
+    )
+    if case is None:
+        return [volume]
+    _, subject, scheme = case
+    scan = read_subject(subject)
+    truth = "phantom, truth" if data_name == "phantoms" else "real, expert"
     return [
-        reporting.PanelRow(
-            "phantom, truth" if data_name == "phantoms" else "real, expert",
-            volume.array,
-            read_label(subject, scheme),
-            volume.affine,
-        ),
-        reporting.PanelRow(
-            "synthetic",
-            x.numpy(),
-            None if classes is None else classes.numpy(),
-            np.diag([spacing, spacing, spacing, 1.0]),
-        ),
-        reporting.PanelRow("ensemble", volume.array, predictors["ensemble"](subject), volume.affine),
-        reporting.PanelRow("student", volume.array, predictors["student"](subject), volume.affine),
+        reporting.PanelRow(truth, scan.array, read_label(subject, scheme), scan.affine),
+        volume,
+        *[
+            reporting.PanelRow(key, scan.array, predictors[key](subject), scan.affine)
+            for key in ("ensemble", "student")
+            if key in predictors
+        ],
     ]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from fediod_med.data.layouts import LAYOUTS, Subject, find_subjects
-from fediod_med.data.partitions import by_csv, patient_id, split_fold
+from fediod_med.data.partitions import by_csv, names_a_patient, patient_id, split_fold
 from fediod_med.data.transforms import DIVISOR
 from fediod_med.errors import InputError, SettingsError
 from fediod_med.labels import get_scheme
@@ -26,6 +26,7 @@ from fediod_med.networks import BACKBONES
 INITS = ("auto", "prior", "random")
 PRIVACY_MODES = ("none", "dp-sgd", "gradient")
 TRAINABLE = ("all", "decoder", "head", "norms")
+PATIENT_IDS = ("visits", "subjects")
 LARGEST_DELTA = 1e-5  # beyond it, a small cohort's delta permits publishing one whole patient
 SITE_FILE = "site.yaml"
 TEMPLATE = "template"
@@ -74,6 +75,8 @@ class Site:
         discriminator_share: of the budget (share of the sum of squared GDP mu).
         counts_share: of the budget, for the noisy class counts.
         releases: planned answers and pull-backs in mode `gradient`.
+        patient_ids: `visits`: a patient may have several subjects, told by the forms that `patient_id` knows;
+            `subjects`: the hospital vouches that each subject is another patient.
         ledger_dir: folder of the ledger, from the site's folder or absolute.
         key_dir: folder of the ledger's key and witness; never inside `ledger_dir`.
     """
@@ -115,6 +118,7 @@ class Site:
     discriminator_share: float = 0.15
     counts_share: float = 0.05
     releases: int = 200
+    patient_ids: str = "visits"
     ledger_dir: str = "privacy"
     key_dir: str = "keys"
 
@@ -131,8 +135,12 @@ class Site:
         return (self.folder / self.dataset_dir).resolve()
 
     def subjects(self) -> tuple[tuple[Subject, ...], tuple[Subject, ...]]:
-        """This hospital's labelled subjects: training part and held-out fold."""
-        return split_subjects(
+        """This hospital's labelled subjects: training part and held-out fold.
+
+        Raises:
+            SettingsError: a private site whose ids do not tell patients from visits, and which does not vouch for them.
+        """
+        parts = split_subjects(
             self.data_root,
             layout=self.layout,
             subject_pattern=self.subject_pattern,
@@ -141,6 +149,13 @@ class Site:
             folds=self.folds,
             fold=self.fold,
         )
+        unknown = [s.subject_id for part in parts for s in part if not names_a_patient(s.subject_id)]
+        if self.private and self.patient_ids == "visits" and unknown:
+            raise SettingsError(
+                f"site {self.site_name}: expected ids that tell a patient's visits apart, found {unknown[0]!r}; if "
+                f"every subject is another patient, vouch for it with `patient_ids: subjects` in {SITE_FILE}"
+            )
+        return parts
 
     def network(self) -> dict[str, Any]:
         """Keywords of `networks.build_segmenter`."""
@@ -216,6 +231,7 @@ def check_settings(site: Site) -> None:
         "init": (site.init, INITS),
         "privacy_mode": (site.privacy_mode, PRIVACY_MODES),
         "trainable": (site.trainable, TRAINABLE),
+        "patient_ids": (site.patient_ids, PATIENT_IDS),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:

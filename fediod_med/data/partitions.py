@@ -41,6 +41,11 @@ def patient_id(subject_id: str) -> str:
     return subject_id
 
 
+def names_a_patient(subject_id: str) -> bool:
+    """Whether an id has a form whose patient `patient_id` can tell from its visits."""
+    return any(form.fullmatch(subject_id) for form in _VISITS)
+
+
 def split_fold(
     subjects: Sequence[Subject], *, folds: int, fold: int
 ) -> tuple[tuple[Subject, ...], tuple[Subject, ...]]:

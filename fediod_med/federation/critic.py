@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,9 +19,9 @@ from monai.transforms import Compose, RandFlip, RandSpatialCrop, SpatialPad
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
-from fediod_med.checkpoints import load_state, save_state, write_atomically
+from fediod_med.checkpoints import load_state, save_state
 from fediod_med.devices import autocast
-from fediod_med.errors import ProtocolError
+from fediod_med.errors import PrivacyError, ProtocolError
 from fediod_med.losses import (
     discriminator_adversarial,
     generator_adversarial,
@@ -205,15 +205,18 @@ class PrivateCritic:
     """A discriminator under DP-SGD: the real half of each update is private, counted and paid for in advance.
 
     Updates are spread evenly over the rounds that the centre announces, at most one a round, and when they are used up
-    the weights stay as they are. State and number of the update are on disk before a patient is touched, so that a
-    restart cannot update more often than was paid for. A centre that resumes meets the discriminator as it is now.
+    the weights stay as they are. The number of each update is with the ledger's key before a patient is touched, so
+    that neither a restart nor another copy of the run can update more often than was paid for. A centre that resumes
+    meets the discriminator as it is now.
 
     Args:
         name: hospital.
         patients: preprocessed training scans `(4, D, H, W)`, by patient.
         plan: noise, sampling rate and number of updates, as charged.
         permit: the ledger entry that paid.
-        state_dir: the hospital's own folder.
+        done: updates that the hospital has made under this permit, by its own durable count (`Gate.progress`).
+        journal: writes that count durably before an update touches a patient (`Gate.advance`).
+        state_dir: where the weights rest between rounds.
         device: where to compute.
         width: channels of the first layer.
         layers: strided layers.
@@ -222,6 +225,7 @@ class PrivateCritic:
 
     Raises:
         WeightsError: the stored state is damaged or belongs to another network.
+        PrivacyError: updates were made, and the state that they led to is gone.
     """
 
     def __init__(
@@ -231,6 +235,8 @@ class PrivateCritic:
         *,
         plan: DiscriminatorPlan,
         permit: str,
+        done: int,
+        journal: Callable[[int], None],
         state_dir: Path,
         device: torch.device,
         width: int = 16,
@@ -243,7 +249,6 @@ class PrivateCritic:
         self._planned = plan.mechanism.steps
         self._permit = permit
         self._state = state_dir / f"discriminator-{permit}.pt"
-        self._journal = state_dir / f"discriminator-{permit}.updates"
         self._device = device
         self._criterion = criterion
         self.discriminator = PatchDiscriminator(width=width, layers=layers, norm=norm).to(device)
@@ -253,11 +258,18 @@ class PrivateCritic:
             patients=len(patients),
             real_loss=lambda logits: real_adversarial(logits, criterion),
             fake_loss=lambda logits: synthetic_adversarial(logits, criterion),
-            journal=self._write_journal,
+            journal=journal,
             device=device,
         )
+        if not self._state.is_file() and done:
+            raise PrivacyError(
+                f"{self._state}: expected the discriminator after {done} private updates, found nothing; restore "
+                f"the run folder, or start a new run, which charges a new discriminator"
+            )
         stored = load_state(self._state)["training"] if self._state.is_file() else self._training.state_dict()
-        self._training.load_state_dict(stored, journalled=self._read_journal())
+        self._training.load_state_dict(stored, journalled=done)
+        if not done:
+            save_state(self._state, {"training": self._training.state_dict()})
 
     @property
     def permits(self) -> tuple[str, ...]:
@@ -293,12 +305,6 @@ class PrivateCritic:
         patch = convert_to_tensor(draw(volumes[secrets.randbelow(len(volumes))]), track_meta=False)
         real: Tensor = patch[None].to(self._device).float()
         return real
-
-    def _write_journal(self, number: int) -> None:
-        write_atomically(self._journal, lambda path: path.write_text(str(number), encoding="ascii"))
-
-    def _read_journal(self) -> int:
-        return int(self._journal.read_text(encoding="ascii")) if self._journal.is_file() else 0
 
 
 def _site_seed(seed: int, name: str) -> int:

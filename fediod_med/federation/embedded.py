@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from fediod_med.errors import FediodError
+from fediod_med.errors import FediodError, ProtocolError
 from fediod_med.federation.node import SiteNode
 from fediod_med.privacy.records import Head
 from fediod_med.protocol import Query, Reply, SiteFailure, pack, unpack
@@ -26,12 +26,12 @@ class EmbeddedFederation:
         heads: the newest state of each site's ledger that the centre has seen; a witness against a ledger set back.
     """
 
-    def __init__(self, nodes: Mapping[str, SiteNode]) -> None:
-        """Nodes by hospital name."""
+    def __init__(self, nodes: Mapping[str, SiteNode], *, heads: Mapping[str, Head] | None = None) -> None:
+        """Nodes by hospital name; `heads` that the centre has seen before."""
         self._nodes = dict(nodes)
         self.bytes_down = dict.fromkeys(self._nodes, 0)
         self.bytes_up = dict.fromkeys(self._nodes, 0)
-        self.heads: dict[str, Head] = {}
+        self.heads: dict[str, Head] = dict(heads or {})
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -51,6 +51,16 @@ class EmbeddedFederation:
         """
         return {site: self._ask_one(site, query) for site, query in queries.items()}
 
+    def _remember(self, site: str, head: Head | None) -> None:
+        """Keep the newest head of a site's ledger; one that goes backwards is a ledger set back."""
+        before = self.heads.get(site)
+        if before is not None and (
+            head is None or head.sequence < before.sequence or (head.sequence == before.sequence and head != before)
+        ):
+            raise ProtocolError(f"{site}: its ledger was at record {before.sequence} before, and is behind it now")
+        if head is not None:
+            self.heads[site] = head
+
     def _ask_one(self, site: str, query: Query) -> Reply | SiteFailure:
         sent = pack(query)  # a query that cannot be sent is the centre's own error, no failure of the site
         self.bytes_down[site] += len(sent)
@@ -59,8 +69,7 @@ class EmbeddedFederation:
             assert isinstance(received, Query)  # for the type checker; `unpack` keeps the type
             sealed = self._nodes[site].handle(received)
             self.bytes_up[site] += len(sealed.payload)
-            if sealed.head is not None:
-                self.heads[site] = sealed.head
+            self._remember(site, sealed.head)
             reply = unpack(sealed.payload)
             assert isinstance(reply, Reply)
         except FediodError as error:

@@ -83,8 +83,13 @@ class SiteNode:
             return self._describe()
         if self._gate.mode == "gradient":
             return self._release(query)
-        permits = (*self._permits, *(() if self._critic is None else self._critic.permits))
-        return self._gate.pass_through(lambda: pack(self._reply(query)), permits=permits, floor_mode=self._gate.mode)
+        kinds, permits = {"teacher"}, [*self._permits]
+        if query.kind == "answer" and query.settings.get("adversarial", False) and self._critic is not None:
+            kinds.add("discriminator")
+            permits += self._critic.permits
+        return self._gate.pass_through(
+            lambda: pack(self._reply(query)), permits=permits, kinds=frozenset(kinds), floor_mode=self._gate.mode
+        )
 
     def witness(self, head: Head) -> None:
         """Refuse to go on when the centre has seen a later state of this site's ledger than the site has."""
