@@ -10,7 +10,8 @@ from fediod_med.data.partitions import patient_id
 from fediod_med.errors import PrivacyError
 from fediod_med.privacy.calibration import Part, plan_noise
 from fediod_med.privacy.gate import Gate
-from fediod_med.privacy.ledger import ledger_key
+from fediod_med.privacy.keys import ledger_key
+from fediod_med.privacy.ledger import LEDGER, check_unpromised
 from fediod_med.privacy.policy import (
     PolicyPart,
     PrivacyPolicy,
@@ -28,20 +29,29 @@ def open_gate(site: Site) -> Gate:
     """The gate of a hospital, on its own ledger; without a ledger in mode `none`.
 
     The patient universe are all labelled patients of the site, held-out ones too: a fold that rotates must not begin
-    a new budget.
+    a new budget. A hospital may take in or drop patients: the ledger goes on, and everybody bears all that was spent.
 
     Raises:
-        PrivacyError: the ledger is missing, damaged or set back; see `privacy.ledger`.
+        PrivacyError: the ledger is missing, damaged or set back, see `privacy.ledger`; or mode `none` for patients whom
+            the site's ledger covers.
         InputError: no labelled patient.
     """
-    if not site.private:
-        return Gate.unprotected(site.site_name)
     ledger, keys = (site.folder / site.ledger_dir).resolve(), (site.folder / site.key_dir).resolve()
+    if not site.private:
+        if keys.exists() or (ledger / LEDGER).exists():
+            everyone, _ = _patients(site)
+            check_unpromised(ledger, key_folder=keys, site=site.site_name, patients=everyone)
+        return Gate.unprotected(site.site_name)
+    everyone, trained_on = _patients(site)
+    policy = site_policy(site, patients=len(trained_on), universe=universe_id(everyone, ledger_key(keys)))
+    return Gate.open(ledger, key_folder=keys, policy=policy, patients=everyone)
+
+
+def _patients(site: Site) -> tuple[set[str], set[str]]:
+    """Ids of all labelled patients, and of those that are trained on."""
     training, held_out = site.subjects()
     everyone = {patient_id(subject.subject_id) for subject in (*training, *held_out)}
-    trained_on = {patient_id(subject.subject_id) for subject in training}
-    policy = site_policy(site, patients=len(trained_on), universe=universe_id(everyone, ledger_key(keys)))
-    return Gate.open(ledger, key_folder=keys, policy=policy)
+    return everyone, {patient_id(subject.subject_id) for subject in training}
 
 
 def site_policy(site: Site, *, patients: int, universe: str) -> PrivacyPolicy:

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 from fediod_med.privacy import gate as gate_module
+from fediod_med.privacy import keys as keys_module
 from fediod_med.privacy import ledger as ledger_module
 from fediod_med.privacy import policy as policy_module
 from fediod_med.privacy.accounting import rdp_epsilon
 from fediod_med.privacy.gate import Gate
-from fediod_med.privacy.ledger import LEDGER, ledger_key
+from fediod_med.privacy.keys import ledger_key
+from fediod_med.privacy.ledger import LEDGER
 from fediod_med.privacy.mechanisms import Mechanism
 from fediod_med.privacy.policy import PrivacyPolicy, release_part, training_part, universe_id
 from fediod_med.privacy.records import GENESIS, Head, Record, read_chain
@@ -44,7 +46,7 @@ def open_gate(root: Path, parts=None, epsilon=50.0) -> Gate:
         universe=universe_id(["p1"], ledger_key(root / "key")),
         parts=parts,
     )
-    return Gate.open(root / "log", key_folder=root / "key", policy=policy)
+    return Gate.open(root / "log", key_folder=root / "key", policy=policy, patients=["p1"])
 
 
 def ask(gate: Gate, query: str) -> bytes:
@@ -250,5 +252,5 @@ def test_a_kill_before_and_after_every_system_call_of_a_release_is_safe(tmp_path
 
 def test_the_modules_under_test_use_the_patched_calls():
     """The test above replaces names in `os`; code that bound them at import would escape it."""
-    for module in (policy_module, ledger_module, gate_module):
+    for module in (policy_module, keys_module, ledger_module, gate_module):
         assert not [name for name in ("write", "fsync", "open") if vars(module).get(name) is getattr(os, name)]

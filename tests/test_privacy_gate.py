@@ -16,7 +16,8 @@ from fediod_med.privacy import gate as gate_module
 from fediod_med.privacy import mechanisms
 from fediod_med.privacy.accounting import gaussian_epsilon, rdp_epsilon
 from fediod_med.privacy.gate import Gate, digest_of
-from fediod_med.privacy.ledger import PrivacyLedger, ledger_key
+from fediod_med.privacy.keys import ledger_key
+from fediod_med.privacy.ledger import PrivacyLedger
 from fediod_med.privacy.mechanisms import Mechanism
 from fediod_med.privacy.noise import SeededNoise
 from fediod_med.privacy.policy import (
@@ -33,10 +34,11 @@ from fediod_med.privacy.statement import NOT_PRIVATE
 from fediod_med.privacy.verify import verify_ledger
 
 pytest.importorskip("opacus")
+PATIENTS = ("p1", "p2")
 
 
 def policy(root: Path, parts: dict[str, PolicyPart], **changes) -> PrivacyPolicy:
-    universe = universe_id(["p1", "p2"], ledger_key(root / "key"))
+    universe = universe_id(PATIENTS, ledger_key(root / "key"))
     mode = "dp-sgd" if "teacher" in parts else "gradient"
     values = {
         "site": "a",
@@ -51,7 +53,13 @@ def policy(root: Path, parts: dict[str, PolicyPart], **changes) -> PrivacyPolicy
 
 
 def open_gate(root: Path, parts: dict[str, PolicyPart], *, source=None, **changes) -> Gate:
-    return Gate.open(root / "log", key_folder=root / "key", policy=policy(root, parts, **changes), source=source)
+    return Gate.open(
+        root / "log",
+        key_folder=root / "key",
+        policy=policy(root, parts, **changes),
+        patients=PATIENTS,
+        source=source,
+    )
 
 
 def answer(noise=4.0, most=5, **kwargs) -> dict[str, PolicyPart]:

@@ -13,7 +13,8 @@ import pytest
 from fediod_med.errors import PrivacyError
 from fediod_med.privacy.accounting import rdp_epsilon
 from fediod_med.privacy.gate import Gate
-from fediod_med.privacy.ledger import PrivacyLedger, ledger_key
+from fediod_med.privacy.keys import ledger_key
+from fediod_med.privacy.ledger import PrivacyLedger
 from fediod_med.privacy.mechanisms import Mechanism
 from fediod_med.privacy.policy import PrivacyPolicy, count_part, training_part, universe_id
 from fediod_med.privacy.records import GENESIS, Head, Record, read_chain
@@ -36,8 +37,16 @@ def policy(root: Path, patients=("p1", "p2"), **changes) -> PrivacyPolicy:
     return PrivacyPolicy(**{**values, "universe": universe_id(patients, ledger_key(root / "key")), **changes})
 
 
-def open_gate(root: Path, **changes) -> Gate:
-    return Gate.open(root / "log", key_folder=root / "key", policy=policy(root, **changes))
+def open_gate(root: Path, patients=("p1", "p2"), folder="log", **changes) -> Gate:
+    return Gate.open(
+        root / folder, key_folder=root / "key", policy=policy(root, patients, **changes), patients=patients
+    )  # fmt: skip
+
+
+def open_ledger(root: Path) -> PrivacyLedger:
+    return PrivacyLedger.open(
+        root / "log", key_folder=root / "key", policy=policy(root), patients=["p1", "p2"]
+    )  # fmt: skip
 
 
 def release(gate: Gate, query: str = "q") -> bytes:
@@ -172,8 +181,8 @@ def test_a_missing_ledger_of_known_patients_is_a_hard_stop(root):
     stops(root, "these patients have spent before")
     shutil.rmtree(root / "log")
     stops(root, "these patients have spent before")
-    with pytest.raises(PrivacyError, match="spent before"):
-        Gate.open(root / "elsewhere", key_folder=root / "key", policy=policy(root))
+    with pytest.raises(PrivacyError, match=f"spent before, in the ledger at {root / 'log'}"):
+        open_gate(root, folder="elsewhere")
 
 
 def test_a_torn_end_is_a_hard_stop_that_says_what_to_do(root):
@@ -213,9 +222,16 @@ def test_a_lost_witness_or_key_is_a_hard_stop(root):
     stops(root, "witness of this ledger is missing")
     witness.write_bytes(content)
     open_gate(root)
-    (root / "key" / "ledger.key").write_bytes(os.urandom(32))
-    with pytest.raises(PrivacyError, match="not signed by this site's key"):
-        Gate.open(root / "log", key_folder=root / "key", policy=policy(root, universe=witness.stem))
+    key = root / "key" / "ledger.key"
+    before = key.read_bytes()
+    key.unlink()
+    stops(root, "the key is missing, and it has signed ledgers")
+    assert not key.exists()
+    key.write_bytes(os.urandom(32))
+    key.chmod(0o600)
+    stops(root, "not signed by this site's key")
+    key.write_bytes(before)
+    assert open_gate(root).spent_epsilon() > 0
 
 
 def test_an_edited_policy_file_is_a_hard_stop(root):
@@ -228,8 +244,86 @@ def test_other_patients_need_another_ledger(root):
     stops(root, "other patients", patients=("p3",))
     open_gate(root / "fresh")  # with an opening record only
     stops(root / "fresh", "other patients", patients=("p3",))
-    other = Gate.open(root / "log2", key_folder=root / "key", policy=policy(root, patients=("p3",)))
-    assert other.spent_epsilon() == 0
+    assert open_gate(root, patients=("p3",), folder="log2").spent_epsilon() == 0
+
+
+@pytest.mark.parametrize("patients", [("p1", "p2", "p3"), ("p1",), ("p2", "p3"), ("p1", "p2")])
+def test_a_patient_who_has_spent_cannot_begin_another_ledger(root, patients):
+    with pytest.raises(PrivacyError, match=f"spent before, in the ledger at {root / 'log'}"):
+        open_gate(root, patients=patients, folder="log2")
+    assert not (root / "log2").exists()
+    shutil.copytree(root / "log", root / "log2")
+    release(open_gate(root), "q2")  # the copy is behind now
+    with pytest.raises(PrivacyError, match=f"as witnessed at {root / 'log'}"):
+        open_gate(root, patients=patients, folder="log2")
+
+
+def test_a_patient_who_joins_or_leaves_continues_what_was_spent(root):
+    before = open_gate(root).spent_epsilon()
+    for patients in (("p1", "p2", "p3"), ("p2", "p3"), ("p3", "p4"), ("p3", "p4")):
+        gate = open_gate(root, patients=patients)
+        assert gate.spent_epsilon() == before
+    release(gate, "q2")
+    more = gate.spent_epsilon()
+    assert more > before
+    events = [r.event for r in read_chain(ledger(root).read_bytes(), Head(-1, GENESIS), key=None, where="x")]
+    assert events.count("open") == 4  # a set that has not changed is not recorded again
+    # p1 left long ago, and is still known.
+    with pytest.raises(PrivacyError, match="spent before"):
+        open_gate(root, patients=("p1", "p9"), folder="log2")
+    assert open_gate(root, patients=("p1",)).spent_epsilon() == more
+    assert open_gate(root, patients=("p9",), folder="log2").spent_epsilon() == 0
+    done = verify_ledger(root / "log", key=ledger_key(root / "key"))
+    assert done.ok and done.epsilon.rdp == more
+
+
+def test_patients_of_two_ledgers_cannot_be_joined(root):
+    open_gate(root, patients=("p3",), folder="log2")
+    for folder in ("log", "log2", "log3"):
+        with pytest.raises(PrivacyError, match="two budgets cannot be joined"):
+            open_gate(root, patients=("p1", "p3"), folder=folder)
+
+
+def test_the_key_folder_names_no_patient(root):
+    for path in (root / "key").rglob("*"):
+        assert path.is_dir() or not any(name in path.read_bytes() for name in (b'"p1"', b'"p2"'))
+
+
+def test_a_ledger_may_move(root):
+    before = open_gate(root).spent_epsilon()
+    (root / "log").rename(root / "moved")
+    assert open_gate(root, folder="moved").spent_epsilon() == before
+    with pytest.raises(PrivacyError, match=f"in the ledger at {root / 'moved'}"):
+        open_gate(root, patients=("p2", "p3"))
+
+
+def test_a_witness_of_an_earlier_version_is_completed_by_its_own_patients_only(root):
+    (witness,) = (root / "key" / "universes").glob("*.json")
+    raw = json.loads(witness.read_bytes())
+    witness.write_text(json.dumps({"sequence": raw["sequence"], "hash": raw["hash"]}))
+    for patients in (("p1", "p3"), ("p9",)):
+        with pytest.raises(PrivacyError, match="did not record whom this ledger covers"):
+            open_gate(root, patients=patients, folder="log2")
+    open_gate(root)
+    assert json.loads(witness.read_bytes()) == raw
+    open_gate(root, patients=("p9",), folder="log2")
+
+
+def test_the_policy_must_be_of_the_patients_that_are_named(root):
+    with pytest.raises(PrivacyError, match="universe id of these 1 patients"):
+        Gate.open(root / "log", key_folder=root / "key", policy=policy(root), patients=["p1"])
+
+
+@pytest.mark.parametrize("patients", [("p1", "p2"), ("p1",), ("p2", "p3")])
+def test_mode_none_is_refused_to_patients_with_a_promise(root, patients):
+    none = PrivacyPolicy(site="a", mode="none", epsilon=None, delta=None, patients=2, universe="")
+    for folder in ("log", "log2"):
+        with pytest.raises(PrivacyError, match=f"the ledger at {root / 'log'} covers; mode none would let out"):
+            Gate.open(root / folder, key_folder=root / "key", policy=none, patients=patients)
+    assert Gate.open(root / "log", key_folder=root / "key", policy=none, patients=["p9"]).mode == "none"
+    shutil.rmtree(root / "key")
+    with pytest.raises(PrivacyError, match="no witness of whom it covers"):
+        Gate.open(root / "log", key_folder=root / "key", policy=none, patients=patients)
 
 
 def test_a_new_policy_for_the_same_patients_continues_what_was_spent(root):
@@ -295,11 +389,11 @@ def test_key_is_private_and_made_once(tmp_path):
 
 def test_the_key_may_not_lie_beside_the_ledger(tmp_path):
     with pytest.raises(PrivacyError, match="must not lie inside"):
-        PrivacyLedger.open(tmp_path, key_folder=tmp_path / "key", policy=policy(tmp_path))
+        PrivacyLedger.open(tmp_path, key_folder=tmp_path / "key", policy=policy(tmp_path), patients=["p1", "p2"])
 
 
 def test_records_are_appended_under_the_lock_only(root):
-    opened = PrivacyLedger.open(root / "log", key_folder=root / "key", policy=policy(root))
+    opened = open_ledger(root)
     with pytest.raises(PrivacyError, match="outside of locked"):
         opened.append("trained", {"permit": "x", "weights": "y"})
 
@@ -316,7 +410,7 @@ def test_records_are_appended_under_the_lock_only(root):
     ],
 )
 def test_records_that_contradict_the_history_are_never_written(root, event, body):
-    opened = PrivacyLedger.open(root / "log", key_folder=root / "key", policy=policy(root))
+    opened = open_ledger(root)
     before = ledger(root).read_bytes()
     with pytest.raises(PrivacyError), opened.locked():
         opened.append(event, body)

@@ -84,8 +84,49 @@ def test_normals_follow_the_normal_distribution():
 @pytest.mark.parametrize("word", [b"\x00", b"\xff"])
 def test_extreme_bits_give_finite_numbers(monkeypatch, word):
     monkeypatch.setattr(os, "urandom", lambda count: word * count)
-    assert 8 < abs(noise.standard_normal(1)[0]) < 8.4 or abs(noise.standard_normal(1)[0]) < 1e-15
+    assert 12 < abs(noise.standard_normal(1)[0]) < 12.6 or abs(noise.standard_normal(1)[0]) < 1e-15
     assert 0 < noise.uniforms(1)[0] < 1
+
+
+def words_of(tail: np.ndarray) -> list[bytes]:
+    """First and second words from which `standard_normal` makes magnitudes of these upper tail probabilities."""
+    scaled = 2 * tail * 2.0**52
+    first = np.floor(scaled).astype(np.uint64)
+    second = np.floor((scaled - np.floor(scaled)) * 2.0**64).astype(np.uint64)
+    return [(first << np.uint64(12) | np.uint64(1)).tobytes(), second.tobytes()]  # bit 0: positive
+
+
+@pytest.mark.parametrize("magnitude", [3.0, 5.0, 6.6, 7.0, 8.0, 9.0, 10.0, 10.9])
+def test_every_multiple_of_the_grid_can_occur_in_the_tail(monkeypatch, magnitude):
+    """A value that one world can release and its neighbour cannot would betray the world."""
+    grid = 2.0**-21
+    multiples = np.arange(round(magnitude / grid), round(magnitude / grid) + 3000)
+    drawn = words_of(stats.norm.sf(multiples * grid))
+    monkeypatch.setattr(os, "urandom", lambda count: drawn.pop(0))
+    assert np.array_equal(np.rint(noise.standard_normal(multiples.size) / grid), multiples)
+    assert drawn == []
+
+
+@pytest.mark.parametrize(
+    ("magnitude", "apart"), [(3.0, 2.0**-43), (6.0, 2.0**-43), (8.0, 2.0**-43), (10.0, 2.0**-43), (11.0, 2.0**-28)]
+)
+def test_neighbouring_magnitudes_of_the_tail_lie_close_together(monkeypatch, magnitude, apart):
+    first, second = (np.frombuffer(word, dtype=np.uint64) for word in words_of(stats.norm.sf(np.array([magnitude]))))
+    second = np.minimum(second, np.uint64(2**64 - 1000)) + np.arange(1000, dtype=np.uint64)
+    drawn = [np.repeat(first, 1000).tobytes(), second.tobytes()]
+    monkeypatch.setattr(os, "urandom", lambda count: drawn.pop(0))
+    z = noise.standard_normal(1000)
+    assert z[0] == pytest.approx(magnitude, abs=1e-6)
+    # Steps of the words themselves; where these are finer, of float64.
+    assert (np.abs(np.diff(z)) < apart).all()
+
+
+def test_tails_follow_the_normal_distribution():
+    z = noise.standard_normal((2000, 1000))
+    rare = np.abs(z) > -stats.norm.ppf(2.0**-9)
+    assert rare.sum() == pytest.approx(z.size / 256, abs=6 * math.sqrt(z.size / 256))
+    assert (z[rare] > 0).mean() == pytest.approx(0.5, abs=3 / math.sqrt(rare.sum()))
+    assert stats.kstest(2.0**9 * stats.norm.sf(np.abs(z[rare])), "uniform").pvalue > 1e-6
 
 
 def test_a_forked_or_reseeded_process_never_repeats_noise():

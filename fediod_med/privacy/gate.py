@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from fediod_med.errors import BudgetExceeded, PrivacyError
 from fediod_med.privacy import mechanisms
 from fediod_med.privacy.accounting import rdp_epsilon
 from fediod_med.privacy.history import Permit
-from fediod_med.privacy.ledger import PrivacyLedger
+from fediod_med.privacy.ledger import PrivacyLedger, check_unpromised
 from fediod_med.privacy.mechanisms import Array, Mechanism
 from fediod_med.privacy.noise import NoiseSource, OsNoise, grid_for, grid_gaussian, grid_slack
 from fediod_med.privacy.policy import MODES, TRAINED_KINDS, PolicyPart, PrivacyPolicy
@@ -50,26 +50,38 @@ class Gate:
 
     @classmethod
     def open(
-        cls, folder: Path, *, key_folder: Path, policy: PrivacyPolicy, source: NoiseSource | None = None
-    ) -> Gate:  # fmt: skip
+        cls,
+        folder: Path,
+        *,
+        key_folder: Path,
+        policy: PrivacyPolicy,
+        patients: Iterable[str],
+        source: NoiseSource | None = None,
+    ) -> Gate:
         """Open a site's gate.
 
         Args:
             folder: of the ledger; it belongs to the patients, not to a run, and is kept as long as they are.
             key_folder: holds the key and the witness, elsewhere; never shared.
             policy: what the site promises; in mode `none` nothing is written and nothing protected.
+            patients: ids of everybody in the policy's universe.
             source: of noise; the operating system unless a test says otherwise.
 
         Raises:
-            PrivacyError: as in `PrivacyLedger.open`, or a reproducible source that the policy does not permit.
+            PrivacyError: as in `PrivacyLedger.open`; mode `none` for a patient whom a ledger covers; or a reproducible
+                source that the policy does not permit.
         """
+        patients = set(patients)
         if policy.mode == "none":
+            check_unpromised(folder, key_folder=key_folder, site=policy.site, patients=patients)
             return cls(policy.site, policy, None, OsNoise())
         source = source or OsNoise()
         if source.insecure and not policy.insecure:
             raise PrivacyError(f"{policy.site}: reproducible noise protects nobody; leave `source` out")
         insecure = source.insecure or policy.insecure
-        ledger = PrivacyLedger.open(folder, key_folder=key_folder, policy=policy, insecure=insecure)
+        ledger = PrivacyLedger.open(
+            folder, key_folder=key_folder, policy=policy, patients=patients, insecure=insecure
+        )  # fmt: skip
         return cls(policy.site, policy, ledger, source)
 
     @classmethod

@@ -110,10 +110,9 @@ class History:
         policy = parse_policy(canonical(record.body["policy"]), f"ledger record {record.sequence}")
         if policy.mode == "none":
             raise PrivacyError(f"ledger record {record.sequence}: a policy of mode none has no ledger")
-        if self.policies and (policy.site, policy.universe) != (self.policy.site, self.policy.universe):
-            raise PrivacyError(
-                f"ledger record {record.sequence}: another site or other patients; they need a new ledger"
-            )
+        # Another universe is fine: everything spent so far stays charged to whoever is in it now.
+        if self.policies and policy.site != self.policy.site:
+            raise PrivacyError(f"ledger record {record.sequence}: another site; it needs a ledger of its own")
         self.policies.append(policy)
         self._policy_digest = policy.digest()
 

@@ -1,8 +1,9 @@
 """A site's ledger on disk: append-only, synced before it is acted on, locked against other processes.
 
-In `folder`: `ledger.jsonl`, `policy.json`, `payloads/`. In `key_folder`, which lies elsewhere and is never shared:
-`ledger.key` and, for each patient universe, a witness of the newest record and the lock. A ledger that is shorter than
-its witness, or missing although its patients are known, is a hard stop: losing a file never starts a budget anew.
+In `folder`: `ledger.jsonl`, `policy.json`, `payloads/`. In the key folder (`privacy.keys`), which lies elsewhere and is
+never shared: the key, and a witness of the newest record and of the patients. A ledger that is shorter than its
+witness, or missing although one of its patients is known, is a hard stop: neither losing a file nor taking in or
+dropping a patient starts a budget anew.
 Whoever can rewrite both folders can rewrite history; the head that travels with every message is the witness outside.
 """
 
@@ -11,11 +12,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,48 +23,58 @@ from typing import Any
 from fediod_med import __version__
 from fediod_med.errors import PrivacyError
 from fediod_med.privacy.history import History, policy_body
+from fediod_med.privacy.keys import (
+    UNIVERSES,
+    Witness,
+    find_witness,
+    finding,
+    ledger_key,
+    patient_hashes,
+    read_witness,
+    write_witness,
+)
 from fediod_med.privacy.mechanisms import Mechanism
-from fediod_med.privacy.policy import PrivacyPolicy, replace_synced, sync_folder, write_all, write_policy
-from fediod_med.privacy.records import RESTORE, Head, Record, canonical, read_chain
+from fediod_med.privacy.policy import (
+    PrivacyPolicy,
+    replace_synced,
+    sync_folder,
+    universe_id,
+    write_all,
+    write_policy,
+)
+from fediod_med.privacy.records import RESTORE, Head, Record, read_chain
 
-LEDGER, POLICY, PAYLOADS, KEY = "ledger.jsonl", "policy.json", "payloads", "ledger.key"
-_READABLE_BY_OTHERS = 0o077
-
-
-@dataclass(frozen=True)
-class Witness:
-    """What the key folder knows of a ledger.
-
-    Attributes:
-        head: a record that the ledger must contain.
-        progress: by permit, the newest update that its training was let make.
-    """
-
-    head: Head
-    progress: Mapping[str, int]
+LEDGER, POLICY, PAYLOADS = "ledger.jsonl", "policy.json", "payloads"
 
 
-def ledger_key(key_folder: Path) -> bytes:
-    """The site's key, 32 bytes from the operating system; made at the first call, readable by its owner only.
+def check_unpromised(folder: Path, *, key_folder: Path, site: str, patients: Iterable[str]) -> None:
+    """Refuse mode `none` to patients whom a ledger covers.
+
+    Args:
+        folder: of the site's ledger, if it has one.
+        key_folder: of the site, if it has one.
+        site: name, for messages.
+        patients: ids of everybody whose data the site would use.
 
     Raises:
-        PrivacyError: a damaged key, or one that others may read.
+        PrivacyError: one of them was promised a bound, or that cannot be told because the key folder is lost.
     """
-    path = key_folder / KEY
-    if not path.exists():
-        key_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = path.with_name(f".{KEY}.{os.getpid()}.{threading.get_ident()}.part")
-        replace_synced(temporary, os.urandom(32), 0o600)
-        with contextlib.suppress(FileExistsError):  # another process was first: its key counts
-            os.link(temporary, path)
-        temporary.unlink()
-        sync_folder(key_folder)
-    key = path.read_bytes()
-    if len(key) != 32:
-        raise PrivacyError(f"{path}: expected a key of 32 bytes, found {len(key)}; restore it from a copy")
-    if path.stat().st_mode & _READABLE_BY_OTHERS:
-        raise PrivacyError(f"{path}: others may read this key; chmod 600 {path}")
-    return key
+    if not (key_folder / UNIVERSES).is_dir():
+        if (folder / LEDGER).exists():
+            raise PrivacyError(
+                f"{site}: {folder} holds a ledger, and {key_folder} no witness of whom it covers; restore the key "
+                "folder, or name the folders of another ledger"
+            )
+        return
+    key, ids = ledger_key(key_folder), set(patients)
+    found = find_witness(key_folder, universe=universe_id(ids, key), patients=patient_hashes(ids, key))
+    witness = None if found is None else read_witness(found)
+    if witness is not None:
+        raise PrivacyError(
+            f"{site}: expected patients without a promise, found some whom the ledger at {witness.folder or folder} "
+            "covers; mode none would let out everything that their budget bounds. Set privacy_mode and epsilon as "
+            "they were, or take other patients"
+        )
 
 
 class PrivacyLedger:
@@ -73,20 +83,26 @@ class PrivacyLedger:
     Everything that reads and then writes does so inside `with ledger.locked():`.
     """
 
-    def __init__(self, folder: Path, key_folder: Path, policy: PrivacyPolicy, *, insecure: bool = False) -> None:
-        if key_folder.resolve().is_relative_to(folder.resolve()):
-            raise PrivacyError(f"{key_folder}: the key folder must not lie inside the ledger's folder; move it")
+    def __init__(
+        self,
+        folder: Path,
+        policy: PrivacyPolicy,
+        *,
+        key: bytes,
+        witness: Path,
+        patients: frozenset[str],
+        insecure: bool = False,
+    ) -> None:
         self.folder = folder
         self.policy = policy
+        self._patients = patients
         self._digest = policy.digest()
         self.history = History()
         self._insecure = insecure
         self._path = folder / LEDGER
-        self._key = ledger_key(key_folder)
-        known = key_folder / "universes"
-        known.mkdir(mode=0o700, exist_ok=True)
-        self._witness = known / f"{policy.universe}.json"
-        self._lock_path = known / f"{policy.universe}.lock"
+        self._key = key
+        self._witness = witness
+        self._lock_path = witness.with_suffix(".lock")
         self._size = 0
         self._last_line = b""
         self._threads = threading.RLock()
@@ -94,24 +110,42 @@ class PrivacyLedger:
 
     @classmethod
     def open(
-        cls, folder: Path, *, key_folder: Path, policy: PrivacyPolicy, insecure: bool = False
-    ) -> PrivacyLedger:  # fmt: skip
-        """Open a site's ledger, or begin it if these patients were never seen with this key.
+        cls, folder: Path, *, key_folder: Path, policy: PrivacyPolicy, patients: Iterable[str], insecure: bool = False
+    ) -> PrivacyLedger:
+        """Open a site's ledger, or begin it if none of these patients was ever seen with this key.
 
-        A changed policy for the same patients is recorded and continues what was spent.
+        A changed policy is recorded and continues what was spent. So does a changed set of patients, as long as one of
+        them is known: whoever joins is charged with everything that was spent before, and whoever left stays known.
+        Per patient the sum of all charges is thus never too small.
+
+        Args:
+            folder: of the ledger.
+            key_folder: of the site, elsewhere.
+            policy: of the patients' universe.
+            patients: ids of everybody in the universe.
+            insecure: noise comes from a reproducible source.
 
         Raises:
-            PrivacyError: mode none; the ledger is missing, damaged, shortened, or of other patients; the policy file
-                was edited.
+            PrivacyError: mode none; the ledger is missing, damaged, shortened, or of other patients; one of these
+                patients has spent in another ledger; the policy file was edited; the policy names another universe.
         """
         if policy.mode == "none":
             raise PrivacyError(f"{policy.site}: mode none has no ledger; use Gate.unprotected")
-        if not policy.universe.isalnum():
-            raise PrivacyError(f"{policy.site}: expected a universe id as policy.universe_id gives it")
-        (folder / PAYLOADS).mkdir(parents=True, exist_ok=True)
-        ledger = cls(folder, key_folder, policy, insecure=insecure)
-        with ledger.locked():
-            ledger._take_up_policy()
+        if key_folder.resolve().is_relative_to(folder.resolve()):
+            raise PrivacyError(f"{key_folder}: the key folder must not lie inside the ledger's folder; move it")
+        key, ids = ledger_key(key_folder), set(patients)
+        if policy.universe != universe_id(ids, key):
+            raise PrivacyError(
+                f"{policy.site}: expected the universe id of these {len(ids)} patients under the key in {key_folder}, "
+                "as policy.universe_id gives it, found another"
+            )
+        hashes = patient_hashes(ids, key)
+        with finding(key_folder) as witnesses:
+            known = find_witness(key_folder, universe=policy.universe, patients=hashes)
+            witness = known or witnesses / f"{policy.universe}.json"
+            ledger = cls(folder, policy, key=key, witness=witness, patients=hashes, insecure=insecure)
+            with ledger.locked():
+                ledger._take_up_policy()
         return ledger
 
     @property
@@ -167,11 +201,12 @@ class PrivacyLedger:
 
     def progress(self, permit: str) -> int:
         """Number of the newest update that a training was let make; 0 before the first. Only inside `locked()`."""
-        return self._progress().get(permit, 0)
+        return self._seen().progress.get(permit, 0)
 
     def advance(self, permit: str, number: int) -> None:
         """Remember, synced, that a training makes update `number`; only inside `locked()`."""
-        self._put_witness(Witness(self.head, {**self._progress(), permit: number}))
+        seen = self._seen()
+        write_witness(self._witness, replace(seen, progress={**seen.progress, permit: number}))
 
     def store(self, payload: bytes) -> str:
         """Keep a sealed payload for replay, synced; its SHA-256."""
@@ -234,47 +269,51 @@ class PrivacyLedger:
         self.history, self._size, self._last_line = History(), 0, b""
 
     def _check_witness(self) -> None:
-        head, seen = self.head, self._read_witness()
-        witness = None if seen is None else seen.head
-        if witness is None:
+        head, seen = self.head, read_witness(self._witness)
+        if seen is None:
             if head.sequence > 0:
                 raise PrivacyError(f"{self._witness}: the witness of this ledger is missing; restore the key folder")
         elif head.sequence < 0:
-            raise PrivacyError(f"{self._path}: missing, although these patients have spent before; {RESTORE}")
-        elif self.hash_at(witness.sequence) != witness.hash:
             raise PrivacyError(
-                f"{self._path}: expected record {witness.sequence} as witnessed, found {head.sequence + 1} records "
-                f"that do not contain it: an older or another copy; {RESTORE}"
+                f"{self._path}: missing, although some of these patients have spent before, in the ledger at "
+                f"{seen.folder or self.folder}; name that folder, or {RESTORE}"
             )
-        if head.sequence >= 0 and witness != head:
+        elif self.hash_at(seen.head.sequence) != seen.head.hash:
+            raise PrivacyError(
+                f"{self._path}: expected record {seen.head.sequence} as witnessed at {seen.folder or self.folder}, "
+                f"found {head.sequence + 1} records that do not contain it: an older or another copy; {RESTORE}"
+            )
+        if head.sequence >= 0 and (seen is None or seen.head != head):
             self._move_witness()
 
-    def _read_witness(self) -> Witness | None:
-        if not self._witness.exists():
-            return None
-        try:
-            raw = json.loads(self._witness.read_bytes())
-            progress = {str(permit): int(number) for permit, number in raw.get("progress", {}).items()}
-            return Witness(Head(int(raw["sequence"]), str(raw["hash"])), progress)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise PrivacyError(f"{self._witness}: expected a witness, found something else; restore it") from error
-
-    def _progress(self) -> Mapping[str, int]:
-        witness = self._read_witness()
-        return {} if witness is None else witness.progress
+    def _seen(self) -> Witness:
+        """The witness as stored; before the first, an empty one of this ledger's patients."""
+        seen = read_witness(self._witness)
+        return seen or Witness(self.head, "", frozenset({self.policy.universe}), self._patients)
 
     def _move_witness(self) -> None:
-        self._put_witness(Witness(self.head, self._progress()))
+        write_witness(self._witness, replace(self._seen(), head=self.head, folder=str(self.folder.resolve())))
 
-    def _put_witness(self, witness: Witness) -> None:
-        raw = {"sequence": witness.head.sequence, "hash": witness.head.hash, "progress": dict(witness.progress)}
-        replace_synced(self._witness, canonical(raw), 0o600)
+    def _remember_patients(self) -> None:
+        """Before anything is charged to patients, the key folder knows that they belong to this ledger, here."""
+        seen = self._seen()
+        everybody = replace(
+            seen,
+            folder=str(self.folder.resolve()),
+            universes=seen.universes | {self.policy.universe},
+            patients=(seen.patients or frozenset()) | self._patients,
+        )
+        if everybody != seen:
+            write_witness(self._witness, everybody)
 
     def _take_up_policy(self) -> None:
+        (self.folder / PAYLOADS).mkdir(parents=True, exist_ok=True)
         path = self.folder / POLICY
         known = {policy.canonical() for policy in self.history.policies} | {self.policy.canonical()}
         if path.exists() and path.read_bytes() not in known:
             raise PrivacyError(f"{path}: not a policy that this ledger took up; restore it, it is never edited by hand")
+        if self.head.sequence >= 0:
+            self._remember_patients()
         if self.head.sequence < 0 or self.history.policy != self.policy:
             self.append("open", policy_body(self.policy))
         if not path.exists() or path.read_bytes() != self.policy.canonical():
@@ -284,7 +323,8 @@ class PrivacyLedger:
         if self.head.sequence < 0:
             return
         before = self.history.policy
-        if (before.site, before.universe) != (self.policy.site, self.policy.universe):
+        known = before.universe == self.policy.universe or self._witness.exists()
+        if before.site != self.policy.site or not known:
             raise PrivacyError(
                 f"{self.folder}: holds the ledger of site {before.site} and other patients; give {self.policy.site} "
                 "and these patients a folder of their own"

@@ -100,7 +100,13 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             _mark_as_processed(p.grad_sample)
 
     def add_noise(self) -> None:
-        """Set `.grad` to the sum plus noise of standard deviation sigma * C per coordinate, added in float64."""
+        """Set `.grad` to the sum plus noise of standard deviation sigma * C per coordinate, added in float64.
+
+        The sum is rounded to the parameters' type (float32) and, unlike what the gate releases, not put on a grid: the
+        Gaussian's guarantee holds for it up to floating-point rounding, so its low bits could tell something of the sum
+        (Mironov 2012). They are not seen: weights and optimiser state never leave the site, and what does is computed
+        from outputs of the network after many such steps. Whoever publishes the weights themselves gives this up.
+        """
         for p in self.params:
             _check_processed_flag(p.summed_grad)
             noise = torch.from_numpy(self._source.normal(tuple(p.shape))).to(p.summed_grad)

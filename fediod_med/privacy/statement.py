@@ -20,6 +20,7 @@ def privacy_statement(
     insecure: bool = False,
     lower_bound: float | None = None,
     audit: str = "",
+    patient_sets: int = 1,
 ) -> str:
     """One paragraph for a data-protection officer.
 
@@ -30,6 +31,7 @@ def privacy_statement(
         insecure: noise was reproducible; gives `NOT_PRIVATE` with the reason.
         lower_bound: empirical, 95 %, from an audit.
         audit: names that audit.
+        patient_sets: number of sets, as patients joined or left.
     """
     if policy is None or policy.mode == "none" or epsilon is None or policy.delta is None or policy.epsilon is None:
         return NOT_PRIVATE
@@ -51,10 +53,16 @@ def privacy_statement(
         else "No empirical audit is attached."
     )
     newest = f"{head.sequence}:{head.hash[:16]}" if head is not None else "none"
+    changed = (
+        [f"Patients joined or left ({patient_sets} sets): each is charged with all releases, whenever admitted."]
+        if patient_sets > 1
+        else []
+    )
     sentences = (
         f"(epsilon = {_up(epsilon.rdp)}, delta = {policy.delta:g})-DP per {policy.unit} of site {policy.site}, "
         f"{policy.adjacency} adjacency, {policy.patients} patients declared and public, over all releases to date "
         f"including training and class counts; budget {policy.epsilon:g}.",
+        *changed,
         f"Mode {policy.mode}; accountant RDP, enforced ({'; '.join(accounts) or 'no second account'}); versions: "
         f"{versions}; policy {policy.digest()[:16]}; ledger head {newest}.",
         "Assumptions: each patient at one site only (otherwise the sites' epsilons add), secure randomness, a correct "

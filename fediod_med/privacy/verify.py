@@ -34,6 +34,19 @@ class KindSpent:
 
 
 @dataclass(frozen=True)
+class Witnessed:
+    """What a ledger said when a given record was its newest.
+
+    Attributes:
+        policy: in force then.
+        epsilon: by RDP, of everything charged until then, at that policy's delta.
+    """
+
+    policy: PrivacyPolicy
+    epsilon: float
+
+
+@dataclass(frozen=True)
 class Verification:
     """Outcome of `verify_ledger`.
 
@@ -46,6 +59,9 @@ class Verification:
         by_kind: see `KindSpent`; empty when there is a problem.
         signed: the signatures were checked, too.
         statement: the claim in one paragraph, or that none is made.
+        witnessed: what held at the head that was asked for; `None` without one, or when there is a problem.
+        patient_sets: number of patient sets that the ledger went through.
+        growth: what was spent after the head that was asked for, in a sentence; empty when nothing was.
     """
 
     ok: bool
@@ -56,6 +72,9 @@ class Verification:
     by_kind: Mapping[str, KindSpent]
     signed: bool
     statement: str
+    witnessed: Witnessed | None = None
+    patient_sets: int = 1
+    growth: str = ""
 
 
 def verify_ledger(
@@ -66,11 +85,11 @@ def verify_ledger(
     Args:
         folder: of the ledger.
         key: of the site, to check signatures; without it whoever can write the file can also rewrite all of it.
-        head: a witness; without one, records missing at the end cannot be noticed.
+        head: a witness; without one, records missing at the end cannot be noticed. What held then is told, too.
         with_dp_accounting: recompute by Google's accountant as well, where it is installed.
     """
     problems: list[str] = []
-    history = _read(folder / LEDGER, key, problems)
+    history, then = _read(folder / LEDGER, key, problems, head)
     policy = history.policies[-1] if history.policies else None
     _check_policy_file(folder / POLICY, policy, problems)
     _check_head(head, history, problems)
@@ -85,10 +104,14 @@ def verify_ledger(
         report = epsilon_report(history.spent(), policy.delta, with_dp_accounting=with_dp_accounting)
         by_kind = {kind: _kind_spent(history, kind, policy.delta) for kind in sorted(history.counts)}
     newest = history.head if history.hashes else None
+    sets = max(1, len({policy.universe for policy in history.policies}))
+    growth = ""
+    if report is not None and then is not None and head is not None and report.rdp > then.epsilon:
+        growth = f"Since record {head.sequence} more was spent: epsilon {then.epsilon:.4g} then, {report.rdp:.4g} now."
     if problems:
-        statement = f"NOT VERIFIED: {problems[0]}. Until this is resolved, no bound on patient leakage is claimed."
+        statement = unverified(problems[0])
     else:
-        statement = privacy_statement(policy, epsilon=report, head=newest)
+        statement = privacy_statement(policy, epsilon=report, head=newest, patient_sets=sets)
     return Verification(
         ok=not problems,
         problems=tuple(problems),
@@ -98,15 +121,25 @@ def verify_ledger(
         by_kind=by_kind,
         signed=key is not None,
         statement=statement,
+        witnessed=None if problems else then,
+        patient_sets=sets,
+        growth=growth,
     )
 
 
-def _read(path: Path, key: bytes | None, problems: list[str]) -> History:
-    """Everything up to the first problem; the budget is checked under each policy while it was in force."""
-    history = History()
+def unverified(problem: str) -> str:
+    """What is stated in place of a claim that has a problem."""
+    return f"NOT VERIFIED: {problem}. Until this is resolved, no bound on patient leakage is claimed."
+
+
+def _read(
+    path: Path, key: bytes | None, problems: list[str], head: Head | None
+) -> tuple[History, Witnessed | None]:  # fmt: skip
+    """Everything up to the first problem, and what held at `head`; the budget is checked under each policy in turn."""
+    history, then = History(), None
     if not path.is_file():
         problems.append(f"{path}: expected a ledger, found nothing")
-        return history
+        return history, then
     charged = False  # under the policy in force
     try:
         for record in read_chain(path.read_bytes(), Head(-1, GENESIS), key=key, where=str(path)):
@@ -115,13 +148,15 @@ def _read(path: Path, key: bytes | None, problems: list[str]) -> History:
                 charged = False
             history.add(record)
             charged |= record.event in ("charge", "train")
+            if history.head == head and history.policy.delta is not None:
+                then = Witnessed(history.policy, rdp_epsilon(history.spent(), history.policy.delta))
     except PrivacyError as error:
         problems.append(str(error))
     if not history.hashes and not problems:
         problems.append(f"{path}: the ledger is empty")
     if charged:
         _check_budget(history, problems)
-    return history
+    return history, then
 
 
 def _check_budget(history: History, problems: list[str]) -> None:
