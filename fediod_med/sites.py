@@ -25,7 +25,7 @@ from fediod_med.networks import BACKBONES
 
 INITS = ("auto", "prior", "random")
 PRIVACY_MODES = ("none", "dp-sgd", "gradient")
-TRAINABLE = ("all", "decoder", "head", "norms")
+TRAINABLE = ("all", "decoder", "ends", "head", "norms")
 PATIENT_IDS = ("visits", "subjects")
 LARGEST_DELTA = 1e-5  # beyond it, a small cohort's delta permits publishing one whole patient
 SITE_FILE = "site.yaml"
@@ -70,7 +70,7 @@ class Site:
         private_rate: peak learning rate of private steps (Adam); `learning_rate` is for plain ones.
         crops: of one patient in a private step, clipped together.
         physical_batch: crops in memory at once during a private step.
-        trainable: what a private step may change: `all`, `decoder`, `head` or `norms`.
+        trainable: what a private step may change: `all`, `decoder`, `ends`, `head` or `norms`.
         discriminator_steps: private steps of the discriminator over all rounds; it is frozen afterwards.
         discriminator_share: of the budget (share of the sum of squared GDP mu).
         counts_share: of the budget, for the noisy class counts.

@@ -47,6 +47,31 @@ def test_choices_are_nested_and_counted(backbone, width):
 
 
 @pytest.mark.parametrize(("backbone", "width"), BACKBONES)
+@pytest.mark.parametrize("depth", [3, 4])
+def test_the_ends_are_the_outermost_blocks(backbone, width, depth):
+    """Every chosen weight acts on a map of the scan's own size or half of it; the last block is among them."""
+    network = build_segmenter(backbone, width=width, depth=depth)
+    count = select_trainable(network, "ends")
+    chosen = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert 0 < count < 0.1 * sum(p.numel() for p in network.parameters())
+    edges = {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            edges[name] = max(inputs[0].shape[2], output.shape[2])
+
+        return hook
+
+    for name, module in network.named_modules():
+        if any(f"{name}.{p}" in chosen for p, _ in module.named_parameters(recurse=False)):
+            module.register_forward_hook(note(name))
+    network(torch.zeros(1, 4, 32, 32, 32))
+    assert 32 in edges.values() and set(edges.values()) <= {32, 16}
+    select_trainable(network, "head")
+    assert {name for name, p in network.named_parameters() if p.requires_grad} <= chosen
+
+
+@pytest.mark.parametrize(("backbone", "width"), BACKBONES)
 def test_the_decoder_is_what_comes_after_the_deepest_layer(backbone, width):
     """An encoder's parameter changes every decoder activation; a decoder's leaves the deepest features alone."""
     network = build_segmenter(backbone, width=width)
@@ -79,7 +104,7 @@ def test_norms_are_the_head_and_every_vector(backbone, width):
     [
         (build_segmenter("dynunet"), "norms", "use head or decoder"),
         (PatchDiscriminator(), "head", "found a PatchDiscriminator; use all"),
-        (build_segmenter("unet"), "adapters", "expected all, decoder, norms, head"),
+        (build_segmenter("unet"), "adapters", "expected all, decoder, ends, norms, head"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(network, which, message):

@@ -131,7 +131,7 @@ def test_no_spacing_hides_an_expression(
         ("epsilon: 8\nprivate_rate: 0", "private_rate: expected a positive number"),
         ("epsilon: 8\nsample_rate: 1.5", "sample_rate: expected above 0 and at most 1"),
         ("epsilon: 8\nprivate_steps: 0", "private_steps: expected 1 or more"),
-        ("epsilon: 8\ntrainable: encoder", "key 'trainable': expected one of all, decoder, head, norms"),
+        ("epsilon: 8\ntrainable: encoder", "key 'trainable': expected one of all, decoder, ends, head, norms"),
         ("epsilon: 8\ncounts_share: .9\ndiscriminator_share: .2", "leave some for the teacher"),
         ("epsilon: 8\nkey_dir: privacy", "key_dir: expected a folder outside ledger_dir"),
         ("epsilon: 8\nkey_dir: privacy/keys", "key_dir: expected a folder outside ledger_dir"),

@@ -15,7 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fediod_med.errors import PrivacyError
 
-CHOICES = ("all", "decoder", "norms", "head")
+CHOICES = ("all", "decoder", "ends", "norms", "head")
 
 # By class name: parameter names of the decoder and of the head (the last block, which makes the logits). The levels of
 # MONAI's UNet are nested: every level but the deepest is (down 0, next level 1, up 2).
@@ -23,6 +23,12 @@ _DECODER: Mapping[str, str] = {
     "UNet": r"model\.(1\.submodule\.)*2\.",
     "SegResNet": r"(up_layers|up_samples|conv_final)\.",
     "DynUNet": r"(upsamples|output_block)\.",
+}
+# The outermost blocks: what meets the scan first, and what makes the logits.
+_ENDS: Mapping[str, str] = {
+    "UNet": r"model\.[02]\.",
+    "SegResNet": r"(convInit|down_layers\.0|up_layers\.(?P<last>\d+)|conv_final)\.",
+    "DynUNet": r"(input_block|upsamples\.(?P<last>\d+)|output_block)\.",
 }
 _HEAD: Mapping[str, str] = {
     "UNet": r"model\.2\.",
@@ -59,7 +65,8 @@ def select_trainable(network: nn.Module, which: str) -> int:
 
     Args:
         network: any module for `all`; MONAI's `UNet`, `SegResNet` or `DynUNet` for the others.
-        which: `all`; `decoder`, every layer after the deepest one; `head`, the last block; `norms`, the head and every
+        which: `all`; `decoder`, every layer after the deepest one; `ends`, the first and the last block, which hold
+            nearly all of a warm-started network's gradient; `head`, the last block; `norms`, the head and every
             vector: scales, shifts, biases and slopes (Bu et al. 2022, arXiv 2210.00036, train the biases alone).
 
     Returns:
@@ -78,10 +85,15 @@ def select_trainable(network: nn.Module, which: str) -> int:
     ]
     if which == "norms" and not vectors:
         raise PrivacyError(f"trainable: this {kind} has no scale, shift or slope outside its head; use head or decoder")
-    pattern = {"all": "", "decoder": _DECODER.get(kind, "")}.get(which, _HEAD.get(kind, ""))
+    patterns = {"all": "", "decoder": _DECODER.get(kind, ""), "ends": _ENDS.get(kind, "")}
+    pattern = patterns.get(which, _HEAD.get(kind, ""))
+    found = {name: re.match(pattern, name) for name, _ in network.named_parameters()}
+    last = max((int(m["last"]) for m in found.values() if m and m.groupdict().get("last")), default=None)
     count = 0
     for name, parameter in network.named_parameters():
-        chosen = re.match(pattern, name) is not None or (which == "norms" and name in vectors)
+        match = found[name]
+        chosen = match is not None and (match.groupdict().get("last") in (None, str(last)))
+        chosen |= which == "norms" and name in vectors
         parameter.requires_grad_(chosen)
         count += parameter.numel() if chosen else 0
     return count
