@@ -14,6 +14,7 @@ from scipy import stats
 from fediod_med.errors import BudgetExceeded, PrivacyError
 from fediod_med.privacy import gate as gate_module
 from fediod_med.privacy import mechanisms
+from fediod_med.privacy import release as release_module
 from fediod_med.privacy.accounting import gaussian_epsilon, rdp_epsilon
 from fediod_med.privacy.gate import Gate, digest_of
 from fediod_med.privacy.keys import ledger_key
@@ -296,9 +297,9 @@ def no_noise(vector, std, grid, source=None):
 FAULTS = {
     "s/C in place of s/(2C)": ("joint", mechanisms, "release_sensitivity", lambda C: C),
     "sqrt(B) missing": ("samples", mechanisms, "per_sample_sensitivity", lambda C, B: 2 * C),
-    "noise halved": ("joint", gate_module, "grid_gaussian", halved),
-    "noise of a mean on a sum": ("counts", gate_module, "grid_gaussian", noise_for_a_mean),
-    "noise dropped": ("joint", gate_module, "grid_gaussian", no_noise),
+    "noise halved": ("joint", release_module, "grid_gaussian", halved),
+    "noise of a mean on a sum": ("counts", release_module, "grid_gaussian", noise_for_a_mean),
+    "noise dropped": ("joint", release_module, "grid_gaussian", no_noise),
     "patients not clipped": ("counts", mechanisms, "clip_rows", lambda rows, C: np.asarray(rows) * 2),
 }
 

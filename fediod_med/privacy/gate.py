@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from fediod_med.errors import BudgetExceeded, PrivacyError
-from fediod_med.privacy import mechanisms
 from fediod_med.privacy.accounting import rdp_epsilon
 from fediod_med.privacy.history import Permit
 from fediod_med.privacy.ledger import PrivacyLedger, check_unpromised
 from fediod_med.privacy.mechanisms import Array, Mechanism
-from fediod_med.privacy.noise import NoiseSource, OsNoise, grid_for, grid_gaussian, grid_slack
+from fediod_med.privacy.noise import NoiseSource, OsNoise
 from fediod_med.privacy.policy import MODES, TRAINED_KINDS, PolicyPart, PrivacyPolicy
 from fediod_med.privacy.records import Head
+from fediod_med.privacy.release import noised
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,9 @@ class Gate:
                 self._afford(kind, part.release, most=part.steps)
                 body = {"kind": kind, "query": query_id, "digest": query_digest}
                 charge = ledger.append("charge", body | _numbers(part, part.release))
-                payload = seal(self._noised(kind, part, np.asarray(compute(), dtype=np.float64)))
+                where, patients = f"{self.site}: {kind}", 0 if self.policy is None else self.policy.patients
+                values = np.asarray(compute(), dtype=np.float64)
+                payload = seal(noised(values, part, patients=patients, source=self._source, where=where))
                 stored = ledger.store(payload)
                 ledger.append("done", {"charge": charge.sequence, "payload": stored})
             return Sealed(ledger.load(stored), ledger.head, self.mode)
@@ -355,25 +357,6 @@ class Gate:
                 f"{self.site}: another {kind} would bring epsilon to {epsilon:.3f} at delta {policy.delta:g}, "
                 f"and the budget is {policy.epsilon:g}; nothing was computed"
             )
-
-    def _noised(self, kind: str, part: PolicyPart, values: Array) -> Array:
-        """Clip in float64 and add noise of `noise_multiplier * sensitivity` on a grid."""
-        if part.clipping == "patients":
-            most = self.policy.patients if self.policy is not None else 0
-            if values.ndim != 2 or len(values) > most:
-                raise PrivacyError(f"{self.site}: {kind}: expected up to {most} patients' rows, found {values.shape}")
-            vector = mechanisms.clip_rows(values, part.clip_norm).sum(axis=0)
-        elif part.clipping == "samples":
-            if values.shape[:1] != (part.rows,):
-                raise PrivacyError(f"{self.site}: {kind}: expected {part.rows} samples, found shape {values.shape}")
-            vector = mechanisms.clip_rows(values.reshape(part.rows, -1), part.clip_norm).reshape(-1)
-        else:
-            vector = mechanisms.clip_joint(values, part.clip_norm)
-        if part.dim is not None and vector.size != part.dim:
-            raise PrivacyError(f"{self.site}: {kind}: expected {part.dim} values, found {vector.size}")
-        grid = grid_for(part.noise_multiplier * part.sensitivity)
-        std = part.noise_multiplier * (part.sensitivity + grid_slack(grid, vector.size))
-        return grid_gaussian(vector, std, grid, self._source)
 
     def _hold(self, permit: Permit) -> None:
         """Keep other processes from training under the same permit; given up when finished or when the process ends."""
