@@ -165,6 +165,7 @@ def audit_run(
     reference: Path | None = None,
     discriminators: Mapping[str, Callable[[Tensor], float]] | None = None,
     one_run: Mapping[str, OneRunAudit] | None = None,
+    unavailable: Sequence[str] = (),
     figures: Callable[[Path, Mapping[str, Any]], object] | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -184,8 +185,10 @@ def audit_run(
         reference: weights that saw none of these patients (the public prior); each loss attack is then repeated on the
             difference of losses, which takes out how hard a scan is (Watson et al. 2022).
         discriminators: score by site for a volume `(1, 4, x, y, z)`, see `discriminator_score`.
-        one_run: audits with canaries to report beside, by target.
-        figures: called with (`out / "figures"`, result), such as `audit_figures.write_audit_figures`.
+        one_run: audits with canaries to report beside, by target, see `canaries.canary_audits`.
+        unavailable: what the caller could not bring, in words; reported with what is skipped here.
+        figures: called with (`out / "figures"`, result), such as `audit_figures.write_audit_figures`; not called where
+            canaries are all there is.
         seed: of splits and permutations.
         device: see `devices.pick_device`.
         progress: see `Progress`.
@@ -194,7 +197,7 @@ def audit_run(
         The content of `audit.json`.
 
     Raises:
-        SettingsError: no site holds out a patient, or grids differ.
+        SettingsError: no site holds out a patient and there are no canaries either, or grids differ.
         FediodError: weights or scans are defective.
     """
     compute_on = pick_device(device)
@@ -235,17 +238,16 @@ def audit_run(
                 table.add_distances(who, member, matcher.distances(image.as_tensor().numpy()))
         progress(f"audit {name}", len(train) + len(held_out), len(train) + len(held_out), "")
         table.claims[f"teacher:{name}"] = {} if teacher is None else _claim(teacher.provenance, [name])
-        of_site = {} if student is None else _claim(student.provenance, [name])
-        table.claims[f"student:{name}"] = of_site
-        table.claims[f"discriminator:{name}"] = of_site or table.claims[f"teacher:{name}"]
-    if len(skipped) == len(sites):
+        table.claims[f"student:{name}"] = {} if student is None else _claim(student.provenance, [name])
+        table.claims[f"discriminator:{name}"] = _discriminator_claim(name, student, teacher)
+    if len(skipped) == len(sites) and not one_run:
         raise SettingsError(f"audit: expected held-out patients to compare with, found none ({'; '.join(skipped)})")
     table.claims["student"] = {} if student is None else _claim(student.provenance, [s.site_name for s in sites])
-    found = _result(table, one_run or {}, skipped, delta=delta, confidence=confidence, seed=seed)
+    found = _result(table, one_run or {}, [*skipped, *unavailable], delta=delta, confidence=confidence, seed=seed)
     text = json.dumps(found, indent=2, allow_nan=False) + "\n"
     result: dict[str, Any] = json.loads(text)
     write_atomically(out / AUDIT_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    if figures is not None:
+    if figures is not None and result["attacks"]:
         figures(out / "figures", result)
     return result
 
@@ -328,6 +330,14 @@ def _claim(provenance: Provenance, sites: Sequence[str]) -> dict[str, Any]:
         return {}
     worst = max(entries, key=lambda entry: float(entry["epsilon"]))
     return {"epsilon": float(worst["epsilon"]), "delta": float(worst.get("delta") or 0.0)}
+
+
+def _discriminator_claim(site: str, *models: _Opened | None) -> dict[str, Any]:
+    """A discriminator is private in mode `dp-sgd` alone; elsewhere only what it says is noised, or nothing is."""
+    for model in models:
+        if model is not None and model.provenance.privacy.get(site, {}).get("mode") == "dp-sgd":
+            return _claim(model.provenance, [site])
+    return {}
 
 
 def _result(

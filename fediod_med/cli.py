@@ -44,6 +44,9 @@ SitesDir = Annotated[Path, typer.Option("--sites", help="Folder with one folder 
 DataRoot = Annotated[Path | None, typer.Option(help="Root of the scans; overrides dataset_dir of the site files.")]
 Spacing = Annotated[float | None, typer.Option(help="Working grid in mm; overrides the site files.")]
 Roi = Annotated[int | None, typer.Option(help="Crop in voxels a side, a multiple of 8; overrides the site files.")]
+Canaries = Annotated[
+    int, typer.Option(min=0, help="Mislabelled phantoms for a throw-away private teacher of each dp-sgd site; 0: off.")
+]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of a teacher; overrides the site files.")]
 
 
@@ -375,11 +378,12 @@ def site_evaluate(
 @privacy_app.command("report")
 def privacy_report(target: Annotated[Path, typer.Argument(help="Run folder or site folder.")]) -> None:
     """State what each hospital's patients are promised, recomputed from the ledgers."""
-    from fediod_med.claims import check_claim, find_claims
+    from fediod_med.auditing import AUDIT_FILE
+    from fediod_med.claims import check_claim, find_claims, stated_with_audit
 
     for claim in find_claims(target):
         found = check_claim(claim)
-        typer.echo(f"{claim.site}: {found.statement}")
+        typer.echo(f"{claim.site}: {stated_with_audit(found, target / 'audit' / AUDIT_FILE)}")
         for kind, spent in found.by_kind.items():
             typer.echo(
                 f"  {kind}: {spent.charges} charged, {spent.finished} finished, epsilon {spent.epsilon:.4g} on its own"
@@ -416,23 +420,38 @@ def privacy_audit(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for audit.json; <run>/audit.")] = None,
     spacing: Spacing = None,
     roi: Roi = None,
+    canaries: Canaries = 0,
     seed: Seed = 0,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Attack a run as an insider would: lower bounds on what its networks and volumes reveal about patients."""
     from fediod_med.audit_figures import write_audit_figures
-    from fediod_med.auditing import audit_run, run_files
+    from fediod_med.auditing import audit_run, discriminator_score, run_files
+    from fediod_med.canaries import canary_audits
+    from fediod_med.devices import pick_device
+    from fediod_med.federation.critic_state import stored_discriminators
     from fediod_med.resources import public_prior
     from fediod_med.sites import load_sites
 
     hospitals = [_changed(site, spacing, roi, None) for site in load_sites(sites, data_root=data_root)]
+    names = [site.site_name for site in hospitals]
+    files = run_files(run, names)
+    judges, absent = stored_discriminators(run, names)
     with _progress(quiet) as progress:
+        planted, unplanted = canary_audits(
+            hospitals, run=run, canaries=canaries, seed=seed, device=device, progress=progress
+        )
         result = audit_run(
             hospitals,
-            files=run_files(run, [site.site_name for site in hospitals]),
+            files=files,
             out=out or run / "audit",
             reference=public_prior(),
+            discriminators={
+                name: discriminator_score(judge, device=pick_device(device)) for name, judge in judges.items()
+            },
+            one_run=planted,
+            unavailable=[*absent, *unplanted],
             figures=write_audit_figures,
             seed=seed,
             device=device,
@@ -440,6 +459,8 @@ def privacy_audit(
         )
     for line in result["statements"]:
         typer.echo(line)
+    for line in result["skipped"]:
+        typer.echo(f"Skipped: {line}")
     for line in result["alarms"]:
         typer.echo(f"ALARM: {line}", err=True)
     typer.echo(f"Wrote {out or run / 'audit'}. {NOT_FOR_CLINICAL_USE}")

@@ -33,16 +33,16 @@ from fediod_med.sites import Site
 PUBLIC_CROPS = 2  # of phantoms in each step's public gradient
 
 
-def private_schedule(site: Site, gate: Gate, *, init: str, device: torch.device) -> PrivateSchedule:
+def private_schedule(site: Site, policy: PrivacyPolicy, *, init: str, device: torch.device) -> PrivateSchedule:
     """The fixed schedule of a site's private training, with the noise that its policy charges.
 
     Args:
         site: settings.
-        gate: in mode `dp-sgd`.
+        policy: of the site, in mode `dp-sgd`.
         init: digest of the weights that the training starts from, part of what the charge is bound to.
         device: decides the precision.
     """
-    part = promised(gate).part("teacher")
+    part = policy.part("teacher")
     return PrivateSchedule(
         mechanism=part.planned,
         clip_norm=part.clip_norm,
@@ -55,7 +55,7 @@ def private_schedule(site: Site, gate: Gate, *, init: str, device: torch.device)
             "init": init,
             "trainable": site.trainable,
             "crops": site.crops,
-            "patients": promised(gate).patients,
+            "patients": policy.patients,
             "spacing": site.spacing,
             "roi": site.roi,
         },
@@ -69,6 +69,40 @@ def promised(gate: Gate) -> PrivacyPolicy:
     return gate.policy
 
 
+def patient_crops(scans: Sequence[Mapping[str, Any]], site: Site) -> tuple[Tensor, Tensor]:
+    """What a private step sees of one patient: `site.crops` random, augmented crops of its scans, drawn in secret.
+
+    Args:
+        scans: of one patient, at least one; `image` `(4, x, y, z)` and `label` `(1, x, y, z)` on the working grid.
+        site: settings.
+
+    Returns:
+        Images `(crops, 4, roi, roi, roi)` float32 and classes `(crops, roi, roi, roi)` int64.
+    """
+    draw = augmentation(roi=site.roi)
+    draw.set_random_state(seed=secrets.randbits(32))
+    images, labels = [], []
+    for _ in range(site.crops):
+        scan = scans[secrets.randbelow(len(scans))]
+        found = draw({"image": scan["image"], "label": scan["label"]})
+        crop = found[0] if isinstance(found, list) else found
+        images.append(convert_to_tensor(crop["image"], track_meta=False).float())
+        labels.append(convert_to_tensor(crop["label"], track_meta=False)[0].long())
+    return torch.stack(images), torch.stack(labels)
+
+
+def public_crops(public: PublicSampler | None) -> Callable[[int], tuple[Tensor, Tensor]] | None:
+    """The public batch of each private step, step number to images and classes; `None` without rehearsal."""
+    if public is None:
+        return None
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        drawn = public.draw(step, PUBLIC_CROPS)
+        return drawn.base, drawn.classes
+
+    return draw
+
+
 class PrivateTeacher:
     """Trains, writes and books one teacher.
 
@@ -76,7 +110,6 @@ class PrivateTeacher:
         network: with the weights it starts from.
         site: settings; they come from the site file, not from a command line.
         gate: of the site, in mode `dp-sgd`.
-        data: labelled training subjects, `{"subject", "scheme"}` each.
         public: phantoms for rehearsal, if any.
         device: where to compute.
         output_dir: receives `model.safetensors`; holds the state of an unfinished training.
@@ -92,7 +125,6 @@ class PrivateTeacher:
         *,
         site: Site,
         gate: Gate,
-        data: Sequence[Mapping[str, Any]],
         public: PublicSampler | None,
         device: torch.device,
         output_dir: str | Path,
@@ -103,7 +135,6 @@ class PrivateTeacher:
         self._network = network
         self._site = site
         self._gate = gate
-        self._data = tuple(data)
         self._public = public
         self._device = device
         self._folder = Path(output_dir)
@@ -121,7 +152,9 @@ class PrivateTeacher:
         """
         site, gate = self._site, self._gate
         select_trainable(self._network, site.trainable)
-        schedule = private_schedule(site, gate, init=weights_digest(self._network.state_dict()), device=self._device)
+        schedule = private_schedule(
+            site, promised(gate), init=weights_digest(self._network.state_dict()), device=self._device
+        )
         permit = gate.begin_training("teacher", run_id=f"seed-{site.seed}", settings_digest=schedule.digest())
         state = self._folder / f"private-{permit.permit_id[:16]}.pt"
         if not permit.resumed:
@@ -138,9 +171,9 @@ class PrivateTeacher:
             self._network,
             self._patients(),
             schedule=schedule,
-            draw=self._crops,
+            draw=lambda scans: patient_crops(scans, site),
             per_row_loss=per_row_dice_ce,
-            public=None if self._public is None else self._public_crops,
+            public=public_crops(self._public),
             checkpoints=Checkpoints(state, save_state, load_state, every=1, permit=permit.permit_id),
             on_step=self._on_step,
             device=self._device,
@@ -156,27 +189,15 @@ class PrivateTeacher:
         """Preprocessed scans by patient: several visits are one patient, clipped together."""
         steps = preprocessing(spacing=self._site.spacing, with_label=True)
         grouped: dict[str, list[dict[str, Any]]] = {}
-        for item in self._data:
-            grouped.setdefault(patient_id(item["subject"].subject_id), []).append(steps(item))
+        for subject in self._site.subjects()[0]:  # of the site file alone: the charge is bound to these patients
+            loaded = steps({"subject": subject, "scheme": self._site.label_scheme})
+            grouped.setdefault(patient_id(subject.subject_id), []).append(loaded)
+        declared = promised(self._gate).patients
+        if len(grouped) != declared:
+            raise PrivacyError(
+                f"{self._site.site_name}: expected the {declared} training patients of the policy, found {len(grouped)}"
+            )
         return list(grouped.values())
-
-    def _crops(self, patient: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
-        """`crops` random crops of one patient: images `(P, 4, d, h, w)` and classes `(P, d, h, w)`."""
-        draw = augmentation(roi=self._site.roi)
-        draw.set_random_state(seed=secrets.randbits(32))
-        images, labels = [], []
-        for _ in range(self._site.crops):
-            scan = patient[secrets.randbelow(len(patient))]
-            found = draw({"image": scan["image"], "label": scan["label"]})
-            crop = found[0] if isinstance(found, list) else found
-            images.append(convert_to_tensor(crop["image"], track_meta=False).float())
-            labels.append(convert_to_tensor(crop["label"], track_meta=False)[0].long())
-        return torch.stack(images), torch.stack(labels)
-
-    def _public_crops(self, step: int) -> tuple[Tensor, Tensor]:
-        assert self._public is not None  # the caller asks only then
-        drawn = self._public.draw(step, PUBLIC_CROPS)
-        return drawn.base, drawn.classes
 
     def _provenance(self, schedule: PrivateSchedule, permit: str) -> Provenance:
         site, policy = self._site, promised(self._gate)

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("runs",),  # whole-run procedures: the demo, the folder of a distillation run
     ("reporting", "audit_figures", "export"),
-    ("hospitals",),  # the hospitals of an embedded run, opened
+    ("hospitals", "canaries"),  # the hospitals of an embedded run, opened; their mechanisms, audited
     (
         "evaluation",
         "teacher",
@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "federation.flare",
     ),
     ("federation.node", "private_teacher"),
-    ("federation.critic", "site_gate"),
+    ("federation.critic", "federation.critic_state", "site_gate"),
     ("inference", "sites", "findings", "dicom", "data.sampler"),
     ("data.transforms", "data.phantoms"),
     ("data.nifti", "data.partitions", "checkpoints", "ensemble"),
