@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/privacy_utility.py --out runs/privacy_utility.json [--patients 20 50 200]
 
 Every row trains the same network for the same number of Poisson draws of the same patients; `inf` trains without
-clipping and noise. The teacher has .8 of a row's budget (of the summed squared mu, as by a site's default) at delta
-1e-5. Scores are mean Dice (TC, WT, ET) on 24 other phantoms of the hospital: phantom scores, no patient.
+clipping and noise. Half of each step's gradient comes from two public phantoms, and the teacher has .8 of a row's
+budget (of the summed squared mu), both as by a site's default; delta is 1e-5. Scores are mean Dice (TC, WT, ET) on 24
+other phantoms of the hospital: phantom scores, no patient.
 Rows that the file holds already are kept, so an interrupted call continues.
 """
 
@@ -38,7 +39,7 @@ from fediod_med.runs import STUDENT
 Patient = tuple[Tensor, Tensor]
 SPACING, ROI, HELD_OUT = 4.0, 48, 24
 DELTA, TEACHER_SHARE = 1e-5, 0.8
-STEPS = 60
+STEPS, REHEARSAL = 60, 0.5
 EXPECTED = {20: 5, 50: 8, 200: 20}  # patients a step; q is this over n
 
 
@@ -61,23 +62,31 @@ def fresh(warm: bool, seed: int) -> nn.Module:
     return network
 
 
-def train_plain(network: nn.Module, patients: list[Patient], *, q: float, learning_rate: float) -> nn.Module:
-    """The same draws, steps, loss and average without clipping and noise."""
+def phantoms(public: PublicSampler, step: int) -> Patient:
+    """The public batch of a step."""
+    drawn = public.draw(step, 2)
+    return drawn.base, drawn.classes
+
+
+def train_plain(
+    network: nn.Module, patients: list[Patient], public: PublicSampler, *, q: float, learning_rate: float
+) -> nn.Module:
+    """The same draws, steps, loss, rehearsal and average without clipping and noise."""
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
     average = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(1 - min(0.5, 10 / STEPS))
     )
     for step in range(STEPS):
         drawn = [crops(patients[int(i)], 1) for i in poisson_draw(len(patients), q)]
-        if not drawn:
-            continue
+        weighted = [(batch, (1 - REHEARSAL) / len(drawn)) for batch in drawn]
+        weighted.append((phantoms(public, step + 1), REHEARSAL / 2))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rate(step, STEPS)
         optimizer.zero_grad(set_to_none=True)
-        for image, label in drawn:
+        for (image, label), weight in weighted:
             with autocast("bfloat16", torch.device("cpu")):
                 logits = network(image)
-            (per_row_dice_ce(logits.float(), label).sum() / len(drawn)).backward()
+            (per_row_dice_ce(logits.float(), label).sum() * weight).backward()
         optimizer.step()
         average.update_parameters(network)
     averaged: nn.Module = average.module
@@ -107,14 +116,22 @@ def mechanism(epsilon: float, n: int) -> Mechanism:
 
 
 def one(
-    epsilon: float, patients: list[Patient], *, warm: bool, which: str, learning_rate: float, clip: float, seed: int
+    epsilon: float,
+    patients: list[Patient],
+    public: PublicSampler,
+    *,
+    warm: bool,
+    which: str,
+    learning_rate: float,
+    clip: float,
+    seed: int,
 ) -> nn.Module:
     """Train one row."""
     np.random.seed(seed)
     network = fresh(warm, seed)
     n = len(patients)
     if math.isinf(epsilon):
-        return train_plain(network, patients, q=EXPECTED.get(n, n / 2) / n, learning_rate=1e-3)
+        return train_plain(network, patients, public, q=EXPECTED.get(n, n / 2) / n, learning_rate=1e-3)
     select_trainable(network, which)
     schedule = PrivateSchedule(mechanism(epsilon, n), clip_norm=clip, learning_rate=learning_rate, precision="bfloat16")
     return train_private(network, patients, schedule=schedule, draw=lambda p: crops(p, 1), per_row_loss=per_row_dice_ce)
@@ -137,6 +154,7 @@ def main() -> None:
     rows = json.loads(given.out.read_text()) if given.out.is_file() else []
     done = {(r["patients"], r["epsilon"], r["start"], r["trainable"], r["seed"], r["rate"], r["clip"]) for r in rows}
     for seed in given.seeds:
+        public = PublicSampler(spacing=SPACING, roi=ROI, count=60, seed=900 + seed)
         pool = PublicSampler(
             spacing=SPACING, roi=ROI, count=HELD_OUT + max(given.patients), seed=500 + seed, profile=profile
         )
@@ -152,6 +170,7 @@ def main() -> None:
                     network = one(
                         epsilon,
                         cohort[:n],
+                        public,
                         warm=start == "warm",
                         which=given.trainable,
                         learning_rate=given.learning_rate,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fediod_med.data.sampler import PublicSampler
 from fediod_med.distillation import Schedule
 from fediod_med.errors import BudgetExceeded, InputError, PrivacyError, ProtocolError, SettingsError
 from fediod_med.federation.critic import PlainCritic, PrivateCritic
+from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.node import SiteNode
 from fediod_med.hospitals import announcement, open_hospital
 from fediod_med.networks import build_segmenter
@@ -26,7 +28,8 @@ from fediod_med.privacy.accounting import rdp_epsilon
 from fediod_med.privacy.discriminator import DiscriminatorPlan
 from fediod_med.privacy.gate import Gate, Sealed
 from fediod_med.privacy.mechanisms import Mechanism
-from fediod_med.protocol import Query, Reply, unpack
+from fediod_med.privacy.records import Head
+from fediod_med.protocol import Query, Reply, SiteFailure, pack, unpack
 from fediod_med.runs import run_distillation
 from fediod_med.site_gate import open_gate, site_policy
 from fediod_med.sites import Site, load_site, load_sites
@@ -82,13 +85,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
         out=root / "run",
         schedule=TINY,
         pool=3,
-        compare=False,
         data_name="phantoms",
         device="cpu",
         announce=said.append,
     )
     assert [line.split(":")[0] for line in said] == ["h0", "h1"]
-    assert all("mode dp-sgd, 2 patients" in line and "budget 8, spent before 0" in line for line in said)
+    assert all("mode dp-sgd, 2 patients" in line and "budget 8, nothing spent before" in line for line in said)
     return root / "run"
 
 
@@ -116,6 +118,24 @@ def test_held_out_patients_belong_to_the_universe_and_not_to_n(site: Site) -> No
     first, second = open_gate(site), open_gate(dataclasses.replace(site, fold=1))
     assert first.policy is not None and second.policy is not None
     assert first.policy.universe == second.policy.universe and first.policy.patients == 2
+
+
+@pytest.mark.parametrize("patient_ids", ["visits", "subjects"])
+def test_ids_that_do_not_tell_visits_apart_need_the_hospitals_word(
+    tmp_path: Path, data: Path, patient_ids: str
+) -> None:
+    """Two visits under unknown names would be two patients, and the promise one for each visit."""
+    for folder in sorted((data / "h0").rglob("*_1")):
+        target = tmp_path / "data" / "h0" / "HGG" / folder.name.replace("Brats18", "UPENN-GBM")
+        target.mkdir(parents=True)
+        for file in folder.iterdir():
+            shutil.copy(file, target / file.name.replace("Brats18", "UPENN-GBM"))
+    site = load_site(site_files(tmp_path / "sites", tmp_path / "data", patient_ids=patient_ids) / "h0")
+    if patient_ids == "subjects":
+        assert len(site.subjects()[0]) == 2
+        return
+    with pytest.raises(SettingsError, match="vouch for it with `patient_ids: subjects`"):
+        site.subjects()
 
 
 def test_mode_none_has_no_ledger(site: Site) -> None:
@@ -225,10 +245,28 @@ def test_a_teacher_that_the_ledger_did_not_pay_for_is_refused(site: Site, tmp_pa
 # --- the node ---------------------------------------------------------------------------------------------------------
 
 
-def private_critic(folder: Path, *, updates: int = 2, permit: str = "p") -> PrivateCritic:
+def private_critic(
+    folder: Path,
+    *,
+    updates: int = 2,
+    permit: str = "p",
+    done: int = 0,
+    journal: Callable[[int], None] = lambda number: None,
+) -> PrivateCritic:
     plan = DiscriminatorPlan(Mechanism(1.0, 0.5, updates))
     scans = [[torch.randn(4, SIZE, SIZE, SIZE)] for _ in range(3)]
-    return PrivateCritic("h0", scans, plan=plan, permit=permit, state_dir=folder, device=CPU, width=4, layers=1)
+    return PrivateCritic(
+        "h0",
+        scans,
+        plan=plan,
+        permit=permit,
+        done=done,
+        journal=journal,
+        state_dir=folder,
+        device=CPU,
+        width=4,
+        layers=1,
+    )
 
 
 def answer(number: int, **settings: int | bool) -> Query:
@@ -253,19 +291,22 @@ def test_private_updates_are_spread_over_the_rounds_and_end(tmp_path: Path, roun
 
 
 def test_a_restart_neither_forgets_nor_repeats_private_updates(tmp_path: Path) -> None:
-    critic = private_critic(tmp_path, updates=3)
+    count: list[int] = []
+    critic = private_critic(tmp_path, updates=3, journal=count.append)
     query = answer(1)
     critic.judge(query.tensors["x"], query)
-    again = private_critic(tmp_path, updates=3)
+    assert count == [1]
+    again = private_critic(tmp_path, updates=3, done=1)
     assert again.updates == 1
     pairs = zip(critic.discriminator.parameters(), again.discriminator.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    (tmp_path / "discriminator-p.updates").write_text("3")  # died inside its third update, before it was saved
-    spent = private_critic(tmp_path, updates=3)
+    spent = private_critic(tmp_path, updates=3, done=3)  # died inside its third update, before it was saved
     assert spent.updates == 3
     spent.judge(query.tensors["x"], answer(2))
     assert spent.updates == 3
     assert private_critic(tmp_path, updates=3, permit="another").updates == 0
+    with pytest.raises(PrivacyError, match="expected the discriminator after 1 private updates, found nothing"):
+        private_critic(tmp_path / "elsewhere", updates=3, done=1)
 
 
 def gradient_node(site: Site, tmp_path: Path) -> tuple[SiteNode, Gate]:
@@ -337,6 +378,47 @@ def test_a_private_site_does_not_answer_from_a_teacher_without_a_permit(site: Si
         )
 
 
+def test_a_discriminator_that_nobody_paid_for_judges_nothing(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = open_gate(site)
+    permit = gate.begin_training("teacher", run_id="r", settings_digest="d")
+    gate.finish_training(permit, weights_sha256="w")
+    judge = PlainCritic("h0", [torch.zeros(4, SIZE, SIZE, SIZE)], state_dir=tmp_path, seed=0, device=CPU, width=4)
+    teacher = build_segmenter("unet", width=4, depth=2)
+    node = SiteNode("h0", teacher, torch.ones(2, 4), critic=judge, gate=gate, permits=(permit.permit_id,), device=CPU)
+    assert set(read(node.handle(answer(1, adversarial=False))).tensors) == {"probs"}
+    monkeypatch.setattr(judge, "judge", lambda x, query: pytest.fail("the discriminator was asked"))
+    with pytest.raises(PrivacyError, match="discriminator"):
+        node.handle(answer(1))
+
+
+def test_a_centre_refuses_a_ledger_that_went_backwards(site: Site) -> None:
+    class Told:
+        """A node whose ledger says what it is told."""
+
+        head = Head(3, "a" * 64)
+
+        def handle(self, query: Query) -> Sealed:
+            payload = Gate.unprotected("h0").pass_through(
+                lambda: pack(Reply("describe", "h0", 0, {"class_counts": torch.ones(4)})),
+                permits=(),
+                floor_mode="none",
+            )
+            return dataclasses.replace(payload, head=self.head)
+
+    node = Told()
+    federation = EmbeddedFederation({"h0": node}, heads={"h0": Head(2, "b" * 64)})  # type: ignore[dict-item]
+
+    def ask() -> object:
+        return federation.ask({"h0": Query("describe", "run", 0)}, quorum=1, timeout_s=1)["h0"]
+
+    assert isinstance(ask(), Reply) and federation.heads["h0"].sequence == 3
+    for worse in (Head(2, "b" * 64), Head(3, "c" * 64), None):
+        node.head = worse  # type: ignore[assignment]
+        assert isinstance(ask(), SiteFailure) and federation.heads["h0"] == Head(3, "a" * 64)
+
+
 def test_without_a_discriminator_an_adversarial_query_is_refused(site: Site) -> None:
     gate = Gate.unprotected("h0")
     node = SiteNode(
@@ -347,6 +429,28 @@ def test_without_a_discriminator_an_adversarial_query_is_refused(site: Site) -> 
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_private_run_pools_nobody_and_asks_before_it_accounts(finished: Path) -> None:
+    rows = json.loads((finished / "summary.json").read_text())["rows"]
+    assert "pooled" not in rows and {"site:h0", "site:h1", "ensemble", "kd_phantoms", "student"} <= set(rows)
+    assert not (finished / "baselines").exists()
+
+
+def test_a_private_run_on_patients_shows_none_of_them(tmp_path: Path, data: Path) -> None:
+    sites = load_sites(site_files(tmp_path / "sites", data, privacy_mode="gradient", releases="40"))
+    out = tmp_path / "run"
+    run_distillation(sites, out=out, schedule=TINY, pool=3, device="cpu", data_name="patients")
+    summary = json.loads((out / "summary.json").read_text())
+    # Teachers of mode gradient are not private: nothing they say themselves is shown.
+    assert set(summary["rows"]) == {"prior", "kd_phantoms", "student"}
+    assert not (out / "scores").exists()
+    record = (out / "run.json").read_text()
+    ids = [subject.subject_id for site in sites for part in site.subjects() for subject in part]
+    assert len(ids) == 8 and not any(name in record for name in ids)
+    for claim in find_claims(out):  # every release of the run was charged when the claim was written
+        found = check_claim(claim, with_dp_accounting=False)
+        assert found.ok and found.by_kind["answer"].charges == 2 * TINY.rounds, found.problems
 
 
 def test_a_private_run_states_what_each_hospital_spent(finished: Path) -> None:
@@ -401,6 +505,16 @@ def test_a_claim_smaller_than_its_ledger_or_of_another_mode_is_found(finished: P
     assert check_claim(find_claims(copy)[0]).problems == ("h0: NOT PRIVATE",)
     with pytest.raises(InputError, match="neither"):
         find_claims(tmp_path)
+
+
+def test_a_lost_discriminator_is_not_trained_again_on_the_same_charge(finished: Path, tmp_path: Path) -> None:
+    root = tmp_path / "again"
+    shutil.copytree(finished.parent, root)
+    shutil.rmtree(root / "run" / "site_state")
+    for checkpoint in (root / "run" / "checkpoints").glob("*.pt"):
+        checkpoint.unlink()
+    with pytest.raises(PrivacyError, match="expected the discriminator after 2 private updates, found nothing"):
+        run_distillation(load_sites(root / "sites"), out=root / "run", schedule=TINY, pool=3, device="cpu", resume=True)
 
 
 def test_another_run_of_the_same_patients_is_paid_from_the_same_budget(finished: Path) -> None:
