@@ -454,7 +454,12 @@ def test_an_update_is_on_disk_before_it_is_let_be_made(tmp_path, monkeypatch):
     gate = open_gate(tmp_path, trained())
     permit = gate.begin_training("discriminator", run_id="r", settings_digest="s").permit_id
     synced, fsync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor)), fsync(descriptor)))
+
+    def noted(descriptor):
+        synced.append(os.fstat(descriptor))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
     gate.advance(permit, 1)
     (witness,) = (tmp_path / "key" / "universes").glob("*.json")
     assert {witness.stat().st_ino, witness.parent.stat().st_ino} <= {stat.st_ino for stat in synced}

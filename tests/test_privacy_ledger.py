@@ -231,7 +231,7 @@ def test_a_lost_witness_or_key_is_a_hard_stop(root):
     key.chmod(0o600)
     stops(root, "not signed by this site's key")
     key.write_bytes(before)
-    assert open_gate(root).spent_epsilon() > 0
+    assert open_gate(root).spent_epsilon() not in (None, 0.0)
 
 
 def test_an_edited_policy_file_is_a_hard_stop(root):
@@ -265,7 +265,7 @@ def test_a_patient_who_joins_or_leaves_continues_what_was_spent(root):
         assert gate.spent_epsilon() == before
     release(gate, "q2")
     more = gate.spent_epsilon()
-    assert more > before
+    assert more is not None and before is not None and more > before
     events = [r.event for r in read_chain(ledger(root).read_bytes(), Head(-1, GENESIS), key=None, where="x")]
     assert events.count("open") == 4  # a set that has not changed is not recorded again
     # p1 left long ago, and is still known.
@@ -274,7 +274,7 @@ def test_a_patient_who_joins_or_leaves_continues_what_was_spent(root):
     assert open_gate(root, patients=("p1",)).spent_epsilon() == more
     assert open_gate(root, patients=("p9",), folder="log2").spent_epsilon() == 0
     done = verify_ledger(root / "log", key=ledger_key(root / "key"))
-    assert done.ok and done.epsilon.rdp == more
+    assert done.ok and done.epsilon is not None and done.epsilon.rdp == more
 
 
 def test_patients_of_two_ledgers_cannot_be_joined(root):
