@@ -326,8 +326,8 @@ def run_demo(
         out=out,
         seed=seed,
         device=device,
-        schedule=Schedule(rounds=60, student_steps=8, student_rate=1e-3, checkpoint_every=20),
-        pool=160,
+        schedule=Schedule(rounds=60, student_steps=12, student_rate=1e-3, checkpoint_every=30),
+        pool=240,
         resume=resume,
         data_name="phantoms",
         progress=progress,
@@ -371,7 +371,7 @@ def write_phantom_sites(
         text = (
             f"# A phantom hospital: no patient.\nsite_name: {name}\nlayout: brats2018\nlabel_scheme: brats2018\n"
             f"dataset_dir: ../../hospitals/{name}\nsubject_pattern: Brats18_{prefix}_\nfolds: 4\nfold: 0\n"
-            f"spacing: 4.0\nroi: 48\nbackbone: unet\nepochs: 8\n{privacy}"
+            f"spacing: 4.0\nroi: 48\nbackbone: unet\nepochs: 6\n{privacy}"
         )
         path = out / "sites" / name / "site.yaml"
         _write_text(path, text)
