@@ -64,7 +64,7 @@ def find_claims(target: Path) -> tuple[Claim, ...]:
 def check_claim(claim: Claim, *, with_dp_accounting: bool = True) -> Verification:
     """Recompute one claim from its ledger; mode `none` claims nothing, so nothing about it can be right."""
     if claim.ledger is None:
-        return Verification(False, (f"{claim.site}: NOT PRIVATE",), None, None, None, {}, False, NOT_PRIVATE)
+        return Verification(False, ("NOT PRIVATE, so nothing is promised",), None, None, None, {}, False, NOT_PRIVATE)
     found = verify_ledger(claim.ledger, key=claim.key, head=claim.head, with_dp_accounting=with_dp_accounting)
     problems = [claim.problem] if claim.problem else []
     problems += [*found.problems, *_differences(claim, found)]

@@ -354,7 +354,7 @@ def write_phantom_sites(
     out: Path, *, seed: int, cases: int = DEMO_CASES, epsilon: float = 0.0, progress: Progress = silent
 ) -> None:
     """Write three phantom hospitals (scans and site files) and one unseen scan of a fourth below `out`."""
-    privacy = f"epsilon: {float(epsilon)}\n" if epsilon else "privacy_mode: none\n"
+    privacy = f"epsilon: {float(epsilon)}\nprivate_steps: 30\n" if epsilon else "privacy_mode: none\n"
     profiles = {profile.name: profile for profile in hospital_profiles()}
     grid = Grid((48, 48, 48), 4.0)
     for number, name in enumerate(DEMO_HOSPITALS):

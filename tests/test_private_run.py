@@ -502,7 +502,7 @@ def test_a_claim_smaller_than_its_ledger_or_of_another_mode_is_found(finished: P
         assert not check_claim(find_claims(copy)[0], with_dp_accounting=False).ok
     summary["privacy"]["h0"] = {"mode": "none", "epsilon": None, "delta": None}
     (copy / "summary.json").write_text(json.dumps(summary))
-    assert check_claim(find_claims(copy)[0]).problems == ("h0: NOT PRIVATE",)
+    assert check_claim(find_claims(copy)[0]).problems == ("NOT PRIVATE, so nothing is promised",)
     with pytest.raises(InputError, match="neither"):
         find_claims(tmp_path)
 
