@@ -326,7 +326,7 @@ def run_demo(
         out=out,
         seed=seed,
         device=device,
-        schedule=Schedule(rounds=60, student_steps=12, student_rate=1e-3, checkpoint_every=30),
+        schedule=Schedule(rounds=60, student_steps=12, student_rate=1e-3, checkpoint_every=60),
         pool=240,
         resume=resume,
         data_name="phantoms",
