@@ -47,6 +47,7 @@ from fediod_med.privacy.audit_scores import (
 )
 from fediod_med.privacy.one_run import OneRunAudit, one_run_audit
 from fediod_med.privacy.volume_distance import VolumeMatcher
+from fediod_med.progress import Progress, silent
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 from fediod_med.sites import Site
 
@@ -74,13 +75,6 @@ MEANING = (
     "Lower bounds and tests. An audit can contradict a claim; it never proves one. Each interval stands on its own: of "
     "many attacks that see nothing, some will seem to see something."
 )
-
-Progress = Callable[[str, int, int, str], None]
-"""Called with (stage, done, total, detail)."""
-
-
-def silent(stage: str, done: int, total: int, detail: str) -> None:
-    """A `Progress` that shows nothing."""
 
 
 @dataclass(frozen=True)

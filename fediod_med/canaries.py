@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fediod_med.auditing import Progress, loss_score, mislabelled_phantoms, silent
+from fediod_med.auditing import loss_score, mislabelled_phantoms
 from fediod_med.checkpoints import weights_digest
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.devices import pick_device
@@ -31,6 +31,7 @@ from fediod_med.privacy.row_loss import per_row_dice_ce
 from fediod_med.privacy.trainable import select_trainable
 from fediod_med.privacy.training import train_private
 from fediod_med.private_teacher import patient_crops, private_schedule, public_crops
+from fediod_med.progress import Progress, silent
 from fediod_med.sites import Site
 from fediod_med.teacher import public_pool, quiet_monai, warm_start
 
@@ -61,7 +62,7 @@ def canary_audits(
         confidence: of the bounds.
         seed: of the phantoms; coins, sampling and noise come from the operating system.
         device: see `devices.pick_device`.
-        progress: see `auditing.Progress`.
+        progress: see `progress.Progress`.
 
     Returns:
         Audits by target `teacher:<site>`, for `auditing.audit_run(one_run=...)`; and what was not audited, and why.
@@ -126,7 +127,7 @@ def canary_audit(
         seed: of the phantoms.
         device: of the computation; the CPU when omitted. It decides the precision, as in the teacher's own training.
         coins: of the insertions; secret and fair unless a test says otherwise.
-        progress: see `auditing.Progress`.
+        progress: see `progress.Progress`.
 
     Raises:
         PrivacyError: no canary, or the training diverged.

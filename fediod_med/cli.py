@@ -21,7 +21,7 @@ from fediod_med.resources import NOT_FOR_CLINICAL_USE
 
 if TYPE_CHECKING:
     from fediod_med.data.layouts import Subject
-    from fediod_med.runs import Progress
+    from fediod_med.progress import Progress
     from fediod_med.sites import Site
 
 app = typer.Typer(

@@ -18,6 +18,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -270,26 +271,17 @@ def distill(
         present = [index for index, site in enumerate(federation.site_names) if site in answers]
         if asking is None and public is not None:
             _learn_competence(state, probs, public, present, everyone)
+        weigh = partial(
+            merge,
+            counts=counts,
+            realism=realism if objective.realism_weights else None,
+            competence=_competence(state, objective, present),
+        )
         if asking is None:
-            q = merge(
-                probs,
-                counts,
-                realism=realism if objective.realism_weights else None,
-                competence=_competence(state, objective, present),
-            )
+            q = weigh(probs)
         else:
             q, terms = _generator_step(
-                state,
-                hospitals,
-                answers,
-                x,
-                probs,
-                realism,
-                counts,
-                public,
-                objective,
-                number,
-                federation.site_names,
+                state, hospitals, answers, x, probs, realism, counts, public, objective, number, weigh
             )
             record |= terms
         state.replay.append(_pair(x, q, public))
@@ -469,21 +461,18 @@ def _generator_step(
     public: PublicBatch | None,
     objective: GeneratorObjective,
     number: int,
-    names: tuple[str, ...],
+    weigh: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, dict[str, float]]:
-    """One step of G; returns the ensemble `(B, C, D, H, W)` and the value of each term."""
+    """One step of G; returns the ensemble `(B, C, D, H, W)` and the value of each term.
+
+    `weigh` merges `(K, B, C, D, H, W)` into that ensemble, as in the rounds without G.
+    """
     generator, optimizer, average = state.generator, state.generator_optimizer, state.generator_average
     assert generator is not None and optimizer is not None and average is not None  # noqa: PT018
     shares = site_shares(counts)
     leaves = probs.requires_grad_(True)
     leaf_x = x.detach().requires_grad_(True)
-    sites = [index for index, site in enumerate(names) if site in answers]
-    q = merge(
-        leaves,
-        counts,
-        realism=realism if objective.realism_weights else None,
-        competence=_competence(state, objective, sites),
-    )
+    q = weigh(leaves)
 
     terms = {"clarity": (shares * torch.stack([prediction_entropy(p) for p in leaves])).sum()}
     if objective.divergence == "released":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fediod_med.baselines import presence_bits, weights_path
 from fediod_med.checkpoints import Provenance, load_segmenter, weights_digest
-from fediod_med.data.partitions import patient_id
+from fediod_med.data.partitions import by_patient
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.data.transforms import preprocessing
 from fediod_med.devices import private_precision
@@ -106,15 +106,16 @@ def open_hospital(
             f"{trained}: trained at {provenance.spacing:g} mm, this run works at {site.spacing:g} mm; train it again"
         )
     steps = preprocessing(spacing=site.spacing, with_label=True)
-    grouped: dict[str, list[Mapping[str, Any]]] = {}
-    for item in labelled(site.subjects()[0], site.label_scheme):
-        grouped.setdefault(patient_id(item["subject"].subject_id), []).append(steps(item))
+    patients = [
+        [steps(item) for item in labelled(visits, site.label_scheme)]
+        for visits in by_patient(site.subjects()[0]).values()
+    ]
     return Hospital(
         site,
         gate,
         teacher,
-        presence_bits([[item["label"].as_tensor() for item in items] for items in grouped.values()]),
-        tuple(tuple(item["image"].as_tensor() for item in items) for items in grouped.values()),
+        presence_bits([[item["label"].as_tensor() for item in visits] for visits in patients]),
+        tuple(tuple(item["image"].as_tensor() for item in visits) for visits in patients),
         teacher_permits(gate, teacher, provenance, trained),
     )
 

@@ -6,7 +6,6 @@ be interrupted and continued on the same charge, and shows nothing of a patient:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from fediod_med.checkpoints import Provenance, current_commit, load_state, save_state, save_weights, weights_digest
-from fediod_med.data.partitions import patient_id
+from fediod_med.data.partitions import by_patient
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.data.transforms import augmentation, preprocessing
 from fediod_med.devices import private_precision
@@ -188,16 +187,15 @@ class PrivateTeacher:
     def _patients(self) -> list[list[dict[str, Any]]]:
         """Preprocessed scans by patient: several visits are one patient, clipped together."""
         steps = preprocessing(spacing=self._site.spacing, with_label=True)
-        grouped: dict[str, list[dict[str, Any]]] = {}
-        for subject in self._site.subjects()[0]:  # of the site file alone: the charge is bound to these patients
-            loaded = steps({"subject": subject, "scheme": self._site.label_scheme})
-            grouped.setdefault(patient_id(subject.subject_id), []).append(loaded)
+        # Of the site file alone: the charge is bound to these patients.
+        grouped = by_patient(self._site.subjects()[0])
         declared = promised(self._gate).patients
         if len(grouped) != declared:
             raise PrivacyError(
                 f"{self._site.site_name}: expected the {declared} training patients of the policy, found {len(grouped)}"
             )
-        return list(grouped.values())
+        scheme = self._site.label_scheme
+        return [[steps({"subject": visit, "scheme": scheme}) for visit in visits] for visits in grouped.values()]
 
     def _provenance(self, schedule: PrivateSchedule, permit: str) -> Provenance:
         site, policy = self._site, promised(self._gate)
@@ -225,7 +223,7 @@ class PrivateTeacher:
                 "sample_rate": schedule.mechanism.sample_rate,
                 "clip_norm": schedule.clip_norm,
                 "trainable": site.trainable,
-                "init": hashlib.sha256(schedule.digest().encode()).hexdigest()[:16],
+                "schedule": schedule.digest(),
             },
             commit=current_commit(),
         )

@@ -56,6 +56,7 @@ from fediod_med.networks import Generator, build_segmenter
 from fediod_med.prior import train_prior
 from fediod_med.privacy import statement
 from fediod_med.privacy.records import Head
+from fediod_med.progress import Progress, silent
 from fediod_med.resources import NOT_FOR_CLINICAL_USE, public_prior
 from fediod_med.site_gate import open_gate
 from fediod_med.sites import Site, check_disjoint, load_sites
@@ -66,13 +67,6 @@ logger = logging.getLogger(__name__)
 STUDENT: Mapping[str, Any] = {"backbone": "unet", "width": 16, "depth": 4, "in_channels": 4, "out_channels": 4}
 MODES = ("conditional", "unconditional")
 SYNTHETIC_VOLUMES = 4
-
-Progress = Callable[[str, int, int, str], None]
-"""Called with (stage, done, total, detail)."""
-
-
-def silent(stage: str, done: int, total: int, detail: str) -> None:
-    """A `Progress` that shows nothing."""
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from importlib.metadata import version
 
 from fediod_med import __version__
-from fediod_med.data.partitions import patient_id
+from fediod_med.data.partitions import by_patient
 from fediod_med.errors import PrivacyError
 from fediod_med.privacy.calibration import Part, plan_noise
 from fediod_med.privacy.gate import Gate
@@ -50,8 +49,7 @@ def open_gate(site: Site) -> Gate:
 def _patients(site: Site) -> tuple[set[str], set[str]]:
     """Ids of all labelled patients, and of those that are trained on."""
     training, held_out = site.subjects()
-    everyone = {patient_id(subject.subject_id) for subject in (*training, *held_out)}
-    return everyone, {patient_id(subject.subject_id) for subject in training}
+    return set(by_patient((*training, *held_out))), set(by_patient(training))
 
 
 def site_policy(site: Site, *, patients: int, universe: str) -> PrivacyPolicy:
@@ -90,7 +88,7 @@ def site_policy(site: Site, *, patients: int, universe: str) -> PrivacyPolicy:
         )
         # Answers and pull-backs share the plan: the budget, not the limit of either kind, ends them.
         part = release_part(planned["answer"], clip_norm=site.clip_norm)
-        parts = {"answer": part, "pull_back": dataclasses.replace(part)}
+        parts = {"answer": part, "pull_back": part}
     else:
         raise PrivacyError(f"{site.site_name}: mode {site.privacy_mode} has no policy; nothing is promised")
     return PrivacyPolicy(

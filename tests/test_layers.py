@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data.transforms", "data.phantoms"),
     ("data.nifti", "data.partitions", "checkpoints", "ensemble"),
     ("data.layouts", "networks", "losses", "metrics", "devices", "privacy"),
-    ("labels", "protocol", "resources"),
+    ("labels", "progress", "protocol", "resources"),
     ("errors",),
 )
 SIBLINGS_ALLOWED = ("privacy",)  # mechanism, accounting, ledger and training are one unit in four files

@@ -64,7 +64,7 @@ def split_fold(
     """
     if folds < 1 or not 0 <= fold < folds:
         raise SettingsError(f"folds: expected folds >= 1 and 0 <= fold < folds, found folds={folds}, fold={fold}")
-    patients = list(_patients(subjects).values())
+    patients = list(by_patient(subjects).values())
     if folds == 1:
         return _flatten(patients), ()
     test = [visits for i, visits in enumerate(patients) if i % folds == fold]
@@ -163,7 +163,7 @@ def by_size(subjects: Sequence[Subject], sizes: Mapping[str, float], n_sites: in
     invalid = [s.subject_id for s in subjects if not (math.isfinite(sizes[s.subject_id]) and sizes[s.subject_id] >= 0)]
     if invalid:
         raise InputError(f"sizes: expected finite values of at least 0, found others for {_some(invalid)}")
-    patients = _patients(subjects)
+    patients = by_patient(subjects)
     names = _site_names(n_sites, len(patients))
     mean = {p: sum(sizes[visit.subject_id] for visit in visits) / len(visits) for p, visits in patients.items()}
     order = sorted(patients, key=lambda patient: (mean[patient], patient))
@@ -193,7 +193,7 @@ def dirichlet(
         raise InputError(f"groups: expected one per subject ({len(subjects)}), found {len(groups)}")
     if not (math.isfinite(alpha) and alpha > 0):
         raise SettingsError(f"alpha: expected a finite number above 0, found {alpha}")
-    patients = _patients(subjects)
+    patients = by_patient(subjects)
     names = _site_names(n_sites, len(patients))
     group_of = {subject.subject_id: group for subject, group in zip(subjects, groups, strict=True)}
     members: dict[Hashable, list[tuple[Subject, ...]]] = {}
@@ -228,13 +228,13 @@ def iid(subjects: Sequence[Subject], n_sites: int, seed: int) -> dict[str, tuple
     Raises:
         SettingsError: fewer patients than sites.
     """
-    patients = list(_patients(subjects).values())
+    patients = list(by_patient(subjects).values())
     names = _site_names(n_sites, len(patients))
     order = np.random.default_rng(seed).permutation(len(patients))
     return _chunks([patients[int(i)] for i in order], names)
 
 
-def _patients(subjects: Sequence[Subject]) -> dict[str, tuple[Subject, ...]]:
+def by_patient(subjects: Sequence[Subject]) -> dict[str, tuple[Subject, ...]]:
     """Time points by patient, patients in the order of their first subject id; `InputError` on a repeated id."""
     patients: dict[str, list[Subject]] = {}
     previous = None
@@ -252,7 +252,7 @@ def _assign(
     """Collect subjects by site, in the order of `sites`; those without a site go to `rest` or are named in the log."""
     assigned: dict[str, list[Subject]] = {site: [] for site in sites}
     unassigned: list[str] = []
-    for patient, visits in _patients(subjects).items():
+    for patient, visits in by_patient(subjects).items():
         places = {}
         for visit in visits:
             site = site_of.get(visit.subject_id, rest)
