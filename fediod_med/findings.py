@@ -1,0 +1,97 @@
+"""What is wrong, odd or private about an input: coded findings with a fix, for people and for programs.
+
+Codes begin with their severity: E error (no output is made), W warning (output is made, `--strict` turns it into an
+error), P privacy (the file names or may name the patient), N note. Numbers are stable: they are never reused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict
+
+from fediod_med.resources import NOT_FOR_CLINICAL_USE
+
+
+class Severity(StrEnum):
+    """How much a finding matters."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    PRIVACY = "privacy"
+    NOTE = "note"
+
+
+_BY_LETTER: Mapping[str, Severity] = {
+    "E": Severity.ERROR,
+    "W": Severity.WARNING,
+    "P": Severity.PRIVACY,
+    "N": Severity.NOTE,
+}
+
+
+@dataclass(frozen=True)
+class Code:
+    """One kind of finding: its stable code, what it means in a few words, and what to do about it."""
+
+    code: str
+    title: str
+    fix: str
+
+
+class Finding(BaseModel):
+    """One thing found about one input.
+
+    Attributes:
+        code: a key of `CATALOGUE`.
+        severity: by the code's letter.
+        case: id of the case.
+        where: file, series or pair of files, without identifying header values.
+        message: what was expected and what was found.
+        value: the number or text behind it (mm, share, count), or none.
+        fix: what to do.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    code: str
+    severity: Severity
+    case: str
+    where: str
+    message: str
+    value: float | int | str | None = None
+    fix: str
+
+
+CATALOGUE: Mapping[str, Code] = {
+    code.code: code for code in (Code("E101", "truncated or damaged file", "copy the file again from its source"),)
+}
+
+
+def finding(code: str, *, case: str, where: object, message: str, value: float | int | str | None = None) -> Finding:
+    """A finding with severity and fix of its code; `KeyError` for a code outside the catalogue."""
+    known = CATALOGUE[code]
+    return Finding(
+        code=code,
+        severity=_BY_LETTER[code[0]],
+        case=case,
+        where=str(where),
+        message=message,
+        value=value,
+        fix=known.fix,
+    )
+
+
+def fatal(findings: Iterable[Finding], *, strict: bool = False) -> list[Finding]:
+    """The findings that forbid output: errors, and with `strict` warnings too."""
+    refused = {Severity.ERROR, Severity.WARNING} if strict else {Severity.ERROR}
+    return [found for found in findings if found.severity in refused]
+
+
+def as_json(findings: Iterable[Finding]) -> str:
+    """Findings as a JSON document with the notice, ordered as given."""
+    rows = [found.model_dump(mode="json") for found in findings]
+    return json.dumps({"notice": NOT_FOR_CLINICAL_USE, "findings": rows}, indent=2) + "\n"
