@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from fediod_med import cli
+from fediod_med.cli.main import command_line
 from fediod_med.data.phantoms import Grid, hospital_profiles, write_cohort
 from fediod_med.errors import FediodError
 
 
 def run(*words: object) -> tuple[int, str]:
     """Exit code and output of `fediod WORDS`, with known errors handled as `main` handles them."""
-    result = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=True)
+    result = CliRunner().invoke(command_line(), [str(word) for word in words], catch_exceptions=True)
     if isinstance(result.exception, FediodError):
         return 2, str(result.exception)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -42,8 +42,8 @@ def case_of(hospital: Path) -> Path:
 
 def test_help_answers_without_torch() -> None:
     code = (
-        "import sys; from fediod_med import cli; from typer.testing import CliRunner; "
-        "r = CliRunner().invoke(cli.app, ['--help']); assert r.exit_code == 0; "
+        "import sys; from fediod_med.cli.main import command_line; from typer.testing import CliRunner; "
+        "r = CliRunner().invoke(command_line(), ['--help']); assert r.exit_code == 0; "
         "assert 'segment' in r.output and 'Not for clinical use' in r.output; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -39,7 +39,7 @@ def after(words: list[str], name: str) -> list[str]:
 @cache
 def cli_help(*command: str) -> subprocess.CompletedProcess[str]:
     """`fediod COMMAND --help`, wide enough that no option is cut."""
-    code = "from fediod_med.cli import main; main()"
+    code = "from fediod_med.cli.main import main; main()"
     environment = {**os.environ, "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
     environment.pop("FORCE_COLOR", None)
     return subprocess.run(

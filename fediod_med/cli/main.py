@@ -1,0 +1,56 @@
+"""The command line: reads settings, calls one procedure, prints. The only place that prints or exits.
+
+Exit codes: 0 done, 1 some cases failed, 2 wrong use or input. Heavy packages are imported inside the commands, so that
+`fediod --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+import typer
+
+from fediod_med.cli import about, privacy, scans, site, whole_runs
+from fediod_med.errors import FediodError
+from fediod_med.resources import NOT_FOR_CLINICAL_USE
+
+
+def command_line() -> typer.Typer:
+    """All commands of `fediod`."""
+    purpose = "One 3D brain-tumour segmenter from hospitals that share neither scans nor weights."
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        help=f"{purpose} {NOT_FOR_CLINICAL_USE}",
+    )
+    _add(app, whole_runs.demo, whole_runs.phantoms, whole_runs.prior, whole_runs.distill)
+    _add(app, scans.segment, scans.evaluate, about.info)
+    hospital = typer.Typer(no_args_is_help=True, help="One hospital: its settings, its teacher, its own evaluation.")
+    _add(hospital, site.init, site.verify, site.train, site.evaluate)
+    app.add_typer(hospital, name="site")
+    promises = typer.Typer(no_args_is_help=True, help="What a run or a hospital promises, checked and attacked.")
+    _add(promises, privacy.report, privacy.verify, privacy.audit)
+    app.add_typer(promises, name="privacy")
+    return app
+
+
+def main() -> None:
+    """Entry point `fediod`: a known error becomes one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        command_line()()
+    except FediodError as error:
+        typer.echo(f"fediod: {error}", err=True)
+        sys.exit(2)
+
+
+def _add(app: typer.Typer, *commands: Callable[..., None]) -> None:
+    for command in commands:
+        app.command()(command)
+
+
+if __name__ == "__main__":
+    main()
