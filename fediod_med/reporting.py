@@ -1,4 +1,4 @@
-"""Turns scores, scans and run records into figures, tables and JSON; no model in sight, and no display needed.
+"""Turns scores and scans into figures and tables; no model in sight, and no display needed.
 
 The only home of matplotlib: figures are drawn with the Agg canvas directly, so nothing global is set up or left open.
 Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart.
@@ -6,15 +6,10 @@ Colours are those of Okabe and Ito (2008), which colour-blind readers can tell a
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 import math
-import platform
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -39,10 +34,6 @@ DPI = 150
 CLASS_COLOURS = {"NCR": "#56B4E9", "ED": "#009E73", "ET": "#E69F00"}
 ACCENT, NEUTRAL, INK = "#D55E00", "#7A8794", "#222222"
 COLUMNS = (*REGIONS, "mean")
-_PACKAGES = (
-    *("fediod-med", "torch", "monai", "numpy", "scipy", "nibabel", "SimpleITK", "pytorch-ignite", "safetensors"),
-    *("opacus", "nvflare", "nilearn", "matplotlib"),
-)
 _TABLE_HEAD = ["model", *COLUMNS, "95 % interval", "HD95", "worst hospital"]
 Origin = Literal["upper", "lower"]
 _PLANES = ("Axial", "Coronal", "Sagittal")
@@ -377,128 +368,6 @@ def results_markdown(summary: Mapping[str, Any]) -> str:
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
-def write_summary(
-    path: Path,
-    rows: Mapping[str, Mapping[str, Any]],
-    *,
-    privacy: Mapping[str, Any] | str,
-    details: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write `summary.json`: `rows.<key>.{TC,WT,ET,mean}` and everything else a row holds, notice, policy, privacy.
-
-    Args:
-        path: of the file.
-        rows: `evaluation.summarise` by key.
-        privacy: per hospital, or a banner.
-        details: further top-level keys, such as `paired` differences or what was scored.
-
-    Raises:
-        InputError: a row lacks a region or holds a number that is not finite.
-    """
-    for key, row in rows.items():
-        bad = [column for column in COLUMNS if not math.isfinite(_number(row.get(column)))]
-        if bad:
-            raise InputError(
-                f"summary: expected Dice for {', '.join(COLUMNS)} in row {key}, not so for {', '.join(bad)}"
-            )
-    content = {
-        "notice": NOT_FOR_CLINICAL_USE,
-        "privacy": privacy,
-        "absent_region_policy": ABSENT_REGION_POLICY,
-        "rows": rows,
-        **(details or {}),
-    }
-    return write_json(path, content)
-
-
-def run_record(
-    *,
-    command: str,
-    device: str,
-    commit: str | None,
-    options: Mapping[str, Any],
-    privacy: Mapping[str, Any] | str,
-    seeds: Mapping[str, int] | None = None,
-    seconds: Mapping[str, float] | None = None,
-    inputs: Sequence[Path] = (),
-    relative_to: Path | None = None,
-    cases: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """Content of `run.json`: what ran, with which software, on what, from which inputs, and how each case ended.
-
-    Args:
-        command: verb of the command line.
-        device: as used, for example `cpu`.
-        commit: of the source tree.
-        options: as given; paths become text.
-        privacy: per hospital, or a banner.
-        seeds: by purpose.
-        seconds: by stage.
-        inputs: files whose SHA-256 is recorded.
-        relative_to: folder that input paths are written relative to, so that records compare between machines.
-        cases: status, seconds and messages by case.
-
-    Raises:
-        InputError: an input cannot be read.
-    """
-    hashes: dict[str, str] = {}
-    for file in inputs:
-        base = relative_to.resolve() if relative_to is not None else None
-        inside = base is not None and file.resolve().is_relative_to(base)
-        name = file.resolve().relative_to(base).as_posix() if base is not None and inside else file.name
-        hashes[name if name not in hashes else str(file)] = sha256(file)
-    record = {
-        "notice": NOT_FOR_CLINICAL_USE,
-        "privacy": privacy,
-        "command": command,
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": software_versions(),
-        "commit": commit,
-        "device": device,
-        "options": options,
-        "seeds": seeds or {},
-        "inputs_sha256": hashes,
-        "cases": cases or {},
-        "seconds": {name: round(spent, 3) for name, spent in (seconds or {}).items()},
-    }
-    plain: dict[str, Any] = _jsonable(record)
-    return plain
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Write JSON atomically; numbers of numpy become plain ones, paths text; a number that is not finite is refused.
-
-    Raises:
-        InputError: a value has no JSON form.
-    """
-    try:
-        text = json.dumps(_jsonable(content), indent=2, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: expected plain, finite values, found one that JSON cannot hold ({error})") from error
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    return path
-
-
-def software_versions() -> dict[str, str]:
-    """Installed versions of Python and the packages that can change a result."""
-    versions = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal; `InputError` when it cannot be read."""
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: expected a file to record, could not read it ({error})") from error
-
-
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
@@ -687,15 +556,3 @@ def _running_median(values: np.ndarray) -> np.ndarray:
     """Median over a centred window of about a fifteenth of the series (finite values)."""
     half = len(values) // 30
     return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
-    return str(value) if isinstance(value, Path) else value

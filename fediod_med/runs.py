@@ -57,6 +57,7 @@ from fediod_med.prior import train_prior
 from fediod_med.privacy import statement
 from fediod_med.privacy.records import Head
 from fediod_med.progress import Progress, silent
+from fediod_med.records import run_record, write_json
 from fediod_med.resources import NOT_FOR_CLINICAL_USE, public_prior
 from fediod_med.site_gate import open_gate
 from fediod_med.sites import Site, check_disjoint, load_sites
@@ -257,7 +258,7 @@ def run_distillation(
     discreet = data_name != "phantoms" and any(site.private for site in sites)
     for key, rows in scores.items() if not discreet else ():
         write_scores(out / "scores" / f"{key.replace(':', '-')}.csv", rows, privacy=summary["privacy"], seed=seed)
-    reporting.write_json(out / "history.json", {"notice": NOT_FOR_CLINICAL_USE, "rounds": state.history})
+    write_json(out / "history.json", {"notice": NOT_FOR_CLINICAL_USE, "rounds": state.history})
     synthetic = _write_synthetic(state, sampler if mode == "conditional" else None, out, roi, seed, compute_on, spacing)
     reporting.write_figures(
         out / "figures",
@@ -266,10 +267,10 @@ def run_distillation(
         panel=_panel(None if discreet else cases[0], predictors, synthetic, spacing, data_name),
         banner=f"{privacy_banner(student_provenance)}. {data_name}. {NOT_FOR_CLINICAL_USE}",
     )
-    reporting.write_json(out / "summary.json", summary)
-    reporting.write_json(
+    write_json(out / "summary.json", summary)
+    write_json(
         out / "run.json",
-        reporting.run_record(
+        run_record(
             command="distill",
             device=str(compute_on),
             commit=current_commit(),
@@ -608,7 +609,7 @@ def _read_heads(out: Path) -> dict[str, Head]:
 def _write_heads(out: Path, federation: EmbeddedFederation) -> None:
     if federation.heads:
         heads = {site: dataclasses.asdict(head) for site, head in federation.heads.items()}
-        reporting.write_json(out / "heads.json", heads)
+        write_json(out / "heads.json", heads)
 
 
 def _on_epoch(progress: Progress, stage: str, *, private: bool) -> Callable[[int, int, float], None]:

@@ -1,9 +1,7 @@
-"""Figures that show the right side of the patient, and records whose keys others rely on."""
+"""Figures that show the right side of the patient, and tables that can be read."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from io import StringIO
 from pathlib import Path
 
@@ -22,13 +20,10 @@ from fediod_med.reporting import (
     results_markdown,
     results_table,
     row_name,
-    run_record,
     write_comparison,
     write_figures,
-    write_json,
     write_panel,
     write_preview,
-    write_summary,
     write_training_curves,
 )
 
@@ -232,51 +227,6 @@ def test_rows_have_readable_names() -> None:
     assert row_name("something else") == "something else"
 
 
-def test_summary_has_the_stable_keys(tmp_path: Path) -> None:
-    path = write_summary(tmp_path / "run" / "summary.json", ROWS, privacy="NOT PRIVATE: north", details={"seed": 3})
-    content = json.loads(path.read_text())
-    assert content["rows"]["site:north"]["TC"] == ROWS["site:north"]["TC"]
-    assert set(content["rows"]["student"]) >= {"TC", "WT", "ET", "mean"}
-    assert content["notice"] == "Research software. Not for clinical use."
-    assert content["privacy"] == "NOT PRIVATE: north"
-    assert content["seed"] == 3
-    assert [p.name for p in path.parent.iterdir()] == ["summary.json"]
-
-
-def test_summary_refuses_a_row_without_a_number(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"row student.*ET"):
-        write_summary(tmp_path / "s.json", {"student": {"TC": 1, "WT": 1, "ET": float("nan"), "mean": 1}}, privacy="")
-    assert not list(tmp_path.iterdir())
-
-
-def test_run_record_names_versions_inputs_and_cases(tmp_path: Path) -> None:
-    scan = tmp_path / "data" / "a.nii.gz"
-    scan.parent.mkdir()
-    scan.write_bytes(b"voxels")
-    record = run_record(
-        command="segment",
-        device="cpu",
-        commit="0123abc",
-        options={"out": Path("out"), "rounds": np.int64(3)},
-        privacy={"north": {"mode": "none"}},
-        seeds={"student": 1},
-        seconds={"teachers": 1.23456},
-        inputs=[scan],
-        relative_to=tmp_path,
-        cases={"a": {"status": "done", "seconds": 1.5}},
-    )
-    content = json.loads(write_json(tmp_path / "run.json", record).read_text())
-    assert content == record
-    assert content["inputs_sha256"] == {"data/a.nii.gz": hashlib.sha256(b"voxels").hexdigest()}
-    assert content["versions"]["torch"]
-    assert content["options"] == {"out": "out", "rounds": 3}
-    assert content["seconds"] == {"teachers": 1.235}
-    assert content["cases"]["a"]["status"] == "done"
-    assert content["notice"] == "Research software. Not for clinical use."
-    with pytest.raises(InputError, match="record"):
-        run_record(command="x", device="cpu", commit=None, options={}, privacy="", inputs=[tmp_path / "absent.nii.gz"])
-
-
 def test_run_figures_are_written_even_before_the_first_round(tmp_path: Path) -> None:
     image, classes = head_with_mark()
     volume = np.stack([image] * 4)
@@ -294,9 +244,3 @@ def test_the_notice_is_not_printed_twice(tmp_path: Path) -> None:
     plain = write_comparison(tmp_path / "a.png", ROWS, banner="")
     same = write_comparison(tmp_path / "b.png", ROWS, banner=notice)
     assert np.array_equal(pixels(plain), pixels(same))
-
-
-def test_json_refuses_numbers_that_are_not_finite(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="finite"):
-        write_json(tmp_path / "x.json", {"loss": float("nan")})
-    assert not list(tmp_path.iterdir())
