@@ -41,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data.nifti", "data.partitions", "checkpoints", "ensemble", "lesions", "lesionwise", "uncertainty"),
     ("data.layouts", "networks", "losses", "metrics", "devices", "privacy"),
     ("findings",),
-    ("labels", "progress", "protocol", "resources"),
+    ("labels", "pipeline", "progress", "protocol", "resources"),
     ("errors",),
 )
 SIBLINGS_ALLOWED = ("cli", "privacy", "checks", "dicom")  # packages whose files are one unit
