@@ -452,13 +452,41 @@ def test_any_geometry_survives_writing_bit_by_bit(
     assert written.header.get_zooms() == source.header.get_zooms()
     assert written.header.get_xyzt_units() == source.header.get_xyzt_units()
     assert nib.aff2axcodes(written.affine) == nib.aff2axcodes(source.affine)
-    for get in ("get_sform", "get_qform"):
-        (a, code_a), (b, code_b) = getattr(written, get)(coded=True), getattr(source, get)(coded=True)
-        assert code_a == code_b
-        assert (a is None and b is None) or np.array_equal(a, b)
+    for field in (
+        *("sform_code", "srow_x", "srow_y", "srow_z", "qform_code", "quatern_b", "quatern_c", "quatern_d"),
+        *("qoffset_x", "qoffset_y", "qoffset_z", "pixdim"),
+    ):
+        a, b = written.header[field], source.header[field]
+        assert np.array_equal(a[:4], b[:4]) if field == "pixdim" else np.array_equal(a, b), field
     if any(codes):
         subject = Subject("c", {"T1c": reference}, label=folder / f"seg{ending}")
         assert np.array_equal(read_label(subject, SCHEMES[scheme]), meant)
+
+
+def with_quaternion(path: Path, vector: np.ndarray, seed: int) -> Path:
+    """A NIfTI-2 file whose only geometry is a qform with this vector part."""
+    save(path, noise(seed=seed), LPS, sform=0, qform=1, image=nib.Nifti2Image)
+    raw = bytearray(path.read_bytes())
+    at = nib.Nifti2Header().template_dtype.fields["quatern_b"][1]
+    raw[at : at + 24] = vector.tobytes()
+    path.write_bytes(raw)
+    return path
+
+
+def test_a_half_turn_may_be_off_by_rounding(tmp_path):
+    turned = np.array([0.6, 0.8, 0.0]) * (1 + 1e-15)
+    images = {name: with_quaternion(tmp_path / f"{name}.nii", turned, i) for i, name in enumerate(SEQUENCES)}
+    with pytest.raises(ValueError, match="w2"):
+        load(images["T1c"]).header.get_qform()
+    found = read_subject(Subject("c", images)).affine[:3, :3]
+    half_turn = 2 * np.outer([0.6, 0.8, 0], [0.6, 0.8, 0]) - np.eye(3)
+    assert np.allclose(np.abs(found / np.linalg.norm(found, axis=0)), np.abs(half_turn), atol=1e-12)
+    out = tmp_path / "seg.nii"
+    write_segmentation(out, classes(), reference=images["T1c"], scheme=SCHEMES["brats2018"])
+    assert np.array_equal(read_label(Subject("c", images, label=out), SCHEMES["brats2018"]), classes())
+    with_quaternion(images["T1c"], turned * 1.01, 0)
+    with pytest.raises(GeometryError, match="rotation"):
+        read_subject(Subject("c", images))
 
 
 @given(turn=angles, spacing=spacings, offset=offsets, shape=shapes, mirrored=st.booleans(), stacked=st.booleans())

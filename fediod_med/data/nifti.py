@@ -35,6 +35,8 @@ from fediod_med.resources import NOT_FOR_CLINICAL_USE
 GEOMETRY_TOLERANCE_MM = 0.05
 # Cosine between two voxel axes above which a grid counts as sheared (0.06 degrees).
 SHEAR_TOLERANCE = 1e-3
+# How far the vector part of a unit quaternion may be from length 1 and still mean a half turn.
+_HALF_TURN_TOLERANCE = 1e-6
 
 _LOG = logging.getLogger(__name__)
 _HEADERS: dict[int, Any] = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
@@ -174,7 +176,7 @@ def write_segmentation(path: Path, classes: np.ndarray, *, reference: Path, sche
         found, read_back = _read(written)
         _require_written(path, read_back, values)
         changed = [name for name in _GEOMETRY_FIELDS if not np.array_equal(found[name], source[name])]
-        affines_equal = np.array_equal(found.get_best_affine(), source.get_best_affine())
+        affines_equal = np.array_equal(_best_affine(found), _best_affine(source))
         if changed or not affines_equal or not np.array_equal(found["pixdim"][:4], source["pixdim"][:4]):
             raise GeometryError(
                 f"{path}: expected the geometry of {reference}, found a difference after writing "
@@ -316,7 +318,7 @@ def _affine(header: Any, path: Path, *, warn: bool = True) -> np.ndarray:
     if codes["qform"]:
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # absurd voxel sizes: refused below
-                qform = np.asarray(header.get_qform(), dtype=np.float64)
+                qform = _qform(header)
         except (HeaderDataError, ValueError) as error:
             if not codes["sform"]:
                 raise GeometryError(f"{path}: expected a rotation in the qform, found none ({error})") from error
@@ -332,6 +334,32 @@ def _affine(header: Any, path: Path, *, warn: bool = True) -> np.ndarray:
                 *(path, codes["sform"], codes["qform"], distance),
             )
     return affine
+
+
+def _qform(header: Any) -> np.ndarray:
+    """The qform (4, 4) float64; as `header.get_qform`, but a half turn may be off by rounding.
+
+    Of a unit quaternion only b, c, d are stored. At a half turn a = 0, and b2 + c2 + d2 may round to a little over 1:
+    nibabel allows three units in the last place, a float64 header of another tool needs more.
+    """
+    try:
+        return np.asarray(header.get_qform(), dtype=np.float64)
+    except ValueError:
+        vector = np.array([header[f"quatern_{axis}"] for axis in "bcd"], dtype=np.float64)
+        length = float(np.linalg.norm(vector))
+        if not abs(length - 1) <= _HALF_TURN_TOLERANCE:
+            raise
+        rounded = header.copy()
+        for axis, value in zip("bcd", vector / length, strict=True):
+            rounded[f"quatern_{axis}"] = np.nextafter(header["quatern_b"].dtype.type(value), 0)
+        return np.asarray(rounded.get_qform(), dtype=np.float64)
+
+
+def _best_affine(header: Any) -> np.ndarray:
+    """What `header.get_best_affine` gives, with a half turn of the qform tolerated."""
+    if int(header["qform_code"]) and not int(header["sform_code"]):
+        return _qform(header)
+    return np.asarray(header.get_best_affine(), dtype=np.float64)
 
 
 def _sequences_of(subject: Subject, path: Path, values: np.ndarray) -> dict[str, np.ndarray]:
