@@ -13,7 +13,8 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fediod_med.data.layouts import Subject, find_subjects
 from fediod_med.data.nifti import read_label
 from fediod_med.errors import GeometryError, InputError, SettingsError
 from fediod_med.labels import REGIONS, SEQUENCES, LabelScheme
+from fediod_med.lesionwise import LESIONWISE_POLICY, LesionwiseScore, lesionwise_scores
 from fediod_med.metrics import ABSENT_REGION_POLICY, region_scores
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 RESAMPLES = 2000
 LEVEL = 0.95
+_LESION_COLUMNS = ("lesion_dice", "lesion_hd95_mm", "n_tp", "n_fp", "n_fn")
 _MASK_NAME = re.compile(r"(?:(?P<id>.+?)[_-])??(?P<suffix>d?seg)\.nii(?:\.gz)?", re.IGNORECASE)
 _NIFTI_NAME = re.compile(r"(?P<id>[^.].*)\.nii(?:\.gz)?", re.IGNORECASE)
 
@@ -48,6 +51,7 @@ class SubjectScore:
         dice: 0 to 1.
         hd95: 95 % Hausdorff distance in mm.
         reference_empty: the expert found nothing of this region.
+        lesionwise: scores lesion by lesion, where they were asked for.
     """
 
     subject_id: str
@@ -56,6 +60,7 @@ class SubjectScore:
     dice: float
     hd95: float
     reference_empty: bool
+    lesionwise: LesionwiseScore | None = None
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,20 @@ class FolderEvaluation:
 
 
 def score_classes(
-    subject_id: str, pred: np.ndarray, ref: np.ndarray, *, spacing: Sequence[float], site: str = ""
+    subject_id: str,
+    pred: np.ndarray,
+    ref: np.ndarray,
+    *,
+    spacing: Sequence[float],
+    site: str = "",
+    lesionwise: bool = False,
 ) -> list[SubjectScore]:
     """Score one class map `(X, Y, Z)` against another on the same grid; `spacing` in mm; one row per region."""
+    lesions = lesionwise_scores(pred, ref, spacing) if lesionwise else {}
     return [
-        SubjectScore(subject_id, site, region, score["dice"], score["hd95"], score["reference_empty"])
+        SubjectScore(
+            subject_id, site, region, score["dice"], score["hd95"], score["reference_empty"], lesions.get(region)
+        )
         for region, score in region_scores(pred, ref, spacing).items()
     ]
 
@@ -106,6 +120,7 @@ def score_files(
     pred_scheme: LabelScheme | None = None,
     subject_id: str | None = None,
     site: str = "",
+    lesionwise: bool = True,
 ) -> list[SubjectScore]:
     """Score one NIfTI label map against another.
 
@@ -116,6 +131,7 @@ def score_files(
         pred_scheme: label values of the prediction; those of the reference when omitted.
         subject_id: name in the rows; taken from the prediction's file name when omitted.
         site: hospital in the rows.
+        lesionwise: also score lesion by lesion.
 
     Raises:
         GeometryError: shape or affine differ.
@@ -126,7 +142,7 @@ def score_files(
     grid = dict.fromkeys(SEQUENCES, ref_path)  # the reference is the grid that the prediction must lie on
     ref = read_label(Subject(case, grid, label=ref_path), scheme)
     pred = read_label(Subject(case, grid, label=pred_path), pred_scheme or scheme)
-    return score_classes(case, pred, ref, spacing=_spacing(ref_path), site=site)
+    return score_classes(case, pred, ref, spacing=_spacing(ref_path), site=site, lesionwise=lesionwise)
 
 
 def evaluate_folder(
@@ -137,6 +153,7 @@ def evaluate_folder(
     layout: str | None = None,
     pred_scheme: LabelScheme | None = None,
     sites: Mapping[str, str] | None = None,
+    lesionwise: bool = True,
     on_case: Callable[[str], None] | None = None,
 ) -> FolderEvaluation:
     """Score every prediction of a folder; a case that fails is recorded and does not stop the others.
@@ -148,6 +165,7 @@ def evaluate_folder(
         layout: one of `data.layouts.LAYOUTS`; needed for `msd`, whose label maps are named like the images.
         pred_scheme: label values of the predictions; those of the references when omitted.
         sites: hospital by subject id.
+        lesionwise: also score lesion by lesion.
         on_case: called with each id before it is scored.
 
     Raises:
@@ -173,6 +191,7 @@ def evaluate_folder(
                 pred_scheme=pred_scheme,
                 subject_id=case,
                 site=(sites or {}).get(case, ""),
+                lesionwise=lesionwise,
             )
         except InputError as error:
             failures[case] = str(error)
@@ -233,7 +252,8 @@ def summarise(scores: Sequence[SubjectScore], *, seed: int = 0) -> dict[str, Any
         `TC`, `WT`, `ET` and `mean` (mean Dice over patients; `mean` over the three regions), then `patients`,
         `hd95_mm`, `dice_nonempty` (patients whose reference has the region; None when there is none),
         `empty_references`, `ci95` and `hd95_ci95` (bootstrap intervals), `sites` (the same Dice means per hospital),
-        `worst_site`, `worst_site_mean` and `bootstrap` (resamples, seed, level).
+        `worst_site`, `worst_site_mean` and `bootstrap` (resamples, seed, level); `lesionwise` (means of `dice` and
+        `hd95_mm`, `dice_ci95`, sums `n_tp`, `n_fp`, `n_fn`) when every row has lesion-wise scores.
 
     Raises:
         InputError: no scores, or a patient without exactly one row per region.
@@ -262,6 +282,7 @@ def summarise(scores: Sequence[SubjectScore], *, seed: int = 0) -> dict[str, Any
         "worst_site": worst,
         "worst_site_mean": sites[worst]["mean"],
         "bootstrap": {"resamples": RESAMPLES, "seed": seed, "level": LEVEL, "unit": "patient"},
+        **_lesionwise_summary(scores, seed=seed),
     }
 
 
@@ -327,7 +348,7 @@ def score_matrix(scores: Sequence[SubjectScore], field: str) -> tuple[list[tuple
 
     Args:
         scores: three rows per patient, any order.
-        field: `dice`, `hd95` or `reference_empty`.
+        field: `dice`, `hd95` or `reference_empty`; `lesionwise.dice` and so on when every row has those scores.
 
     Returns:
         Sorted `(site, subject_id)` keys and an array `(patients, 3)` float64, columns TC, WT, ET.
@@ -344,7 +365,7 @@ def score_matrix(scores: Sequence[SubjectScore], field: str) -> tuple[list[tuple
         raise InputError(
             f"scores: expected one row per patient and region ({', '.join(REGIONS)}), not so for {_some(bad)}"
         )
-    value = {(s.site, s.subject_id, s.region): float(getattr(s, field)) for s in scores}
+    value = {(s.site, s.subject_id, s.region): float(attrgetter(field)(s)) for s in scores}
     return keys, np.array([[value[(*key, region)] for region in REGIONS] for key in keys])
 
 
@@ -380,6 +401,7 @@ def write_scores(
         "notice": NOT_FOR_CLINICAL_USE,
         "privacy": privacy,
         "absent_region_policy": ABSENT_REGION_POLICY,
+        **({"lesionwise_policy": LESIONWISE_POLICY} if any(s.lesionwise for s in scores) else {}),
         "summary": summarise(scores, seed=seed) if scores else None,
         "findings": list(findings),
     }
@@ -401,6 +423,7 @@ def read_scores(path: Path) -> list[SubjectScore]:
                     float(row["dice"]),
                     float(row["hd95_mm"]),
                     row["reference_empty"] == "true",
+                    _read_lesionwise(row),
                 )
                 for row in csv.DictReader(stream)
             ]
@@ -417,11 +440,46 @@ def prediction_id(path: Path) -> str:
 def _write_csv(path: Path, scores: Sequence[SubjectScore]) -> None:
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["subject_id", "site", "region", "dice", "hd95_mm", "reference_empty", "notice"])
+        extra = _LESION_COLUMNS if any(s.lesionwise for s in scores) else ()
+        writer.writerow(["subject_id", "site", "region", "dice", "hd95_mm", "reference_empty", *extra, "notice"])
         for s in scores:
             empty = str(s.reference_empty).lower()
             # repr keeps every digit, so that reading gives the same numbers
-            writer.writerow([s.subject_id, s.site, s.region, repr(s.dice), repr(s.hd95), empty, NOT_FOR_CLINICAL_USE])
+            lesions = [repr(value) for value in astuple(s.lesionwise)] if s.lesionwise else [""] * len(extra)
+            row = [s.subject_id, s.site, s.region, repr(s.dice), repr(s.hd95), empty, *lesions, NOT_FOR_CLINICAL_USE]
+            writer.writerow(row)
+
+
+def _read_lesionwise(row: Mapping[str, str]) -> LesionwiseScore | None:
+    """Lesion-wise scores of a row, or none where its file has no such columns or they are empty."""
+    values = [row.get(column) or "" for column in _LESION_COLUMNS]
+    if not any(values):
+        return None
+    return LesionwiseScore(float(values[0]), float(values[1]), *(int(value) for value in values[2:]))
+
+
+def _lesionwise_summary(scores: Sequence[SubjectScore], *, seed: int) -> dict[str, Any]:
+    """The entry `lesionwise` of `summarise`; nothing unless every row has lesion-wise scores."""
+    if not all(s.lesionwise for s in scores):
+        return {}
+    dice, hd95 = (_with_mean(score_matrix(scores, f"lesionwise.{name}")[1]) for name in ("dice", "hd95"))
+    intervals = bootstrap_interval(dice, seed=seed)
+    counts = {
+        name: dict(
+            zip(REGIONS, score_matrix(scores, f"lesionwise.{name}")[1].sum(axis=0).astype(int).tolist(), strict=True)
+        )
+        for name in ("n_tp", "n_fp", "n_fn")
+    }
+    return {
+        "lesionwise": {
+            "dice": _named(dice.mean(axis=0)),
+            "hd95_mm": _named(hd95.mean(axis=0)),
+            "dice_ci95": {
+                name: list(map(float, pair)) for name, pair in zip((*REGIONS, "mean"), intervals, strict=True)
+            },
+            **counts,
+        }
+    }
 
 
 def _spacing(path: Path) -> list[float]:

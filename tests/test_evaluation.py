@@ -27,6 +27,7 @@ from fediod_med.evaluation import (
     write_scores,
 )
 from fediod_med.labels import REGIONS, SEQUENCES, get_scheme
+from fediod_med.lesionwise import LesionwiseScore
 from fediod_med.metrics import ABSENT_HD95_MM
 
 SCHEME = get_scheme("brats2018")
@@ -291,3 +292,60 @@ def test_a_json_name_for_the_table_is_refused(tmp_path: Path) -> None:
 
 def test_an_evaluation_without_findings_is_complete() -> None:
     assert FolderEvaluation(tuple(SCORES)).findings() == []
+
+
+# ---------------------------------------------------------------- lesion by lesion
+
+
+def with_second_lesion(classes: np.ndarray) -> np.ndarray:
+    far = np.zeros((40, *classes.shape[1:]), dtype=np.uint8)
+    far[:12] = classes
+    far[30:36, 2:8, 2:6] = 2
+    return far
+
+
+def test_a_missed_lesion_costs_more_lesion_by_lesion(tmp_path: Path) -> None:
+    ref = with_second_lesion(tumour())
+    pred = ref.copy()
+    pred[30:] = 0
+    paths = [write_map(tmp_path / name / "a_seg.nii.gz", classes) for name, classes in (("ref", ref), ("pred", pred))]
+    scores = {s.region: s for s in score_files(paths[1], paths[0], SCHEME)}
+    whole, core = scores["WT"].lesionwise, scores["TC"].lesionwise
+    assert whole is not None and core is not None
+    assert scores["WT"].dice == pytest.approx(2 / 3)  # half of the voxels, all of them right
+    assert (whole.dice, whole.hd95, whole.n_tp, whole.n_fp, whole.n_fn) == (0.5, 187, 1, 0, 1)
+    assert (core.dice, core.n_tp, core.n_fp, core.n_fn) == (1, 1, 0, 0)
+    assert all(s.lesionwise is None for s in score_files(paths[1], paths[0], SCHEME, lesionwise=False))
+
+
+def test_lesion_scores_are_written_read_and_summed(tmp_path: Path) -> None:
+    for case, missing in (("a", True), ("b", False)):
+        ref = with_second_lesion(tumour())
+        write_map(tmp_path / "ref" / f"{case}_seg.nii.gz", ref)
+        pred = ref.copy()
+        pred[30:] *= not missing
+        write_map(tmp_path / "pred" / f"{case}_seg.nii.gz", pred)
+    found = evaluate_folder(tmp_path / "pred", tmp_path / "ref", SCHEME)
+    table, summary = write_scores(tmp_path / "metrics.csv", found.scores)
+    assert read_scores(table) == list(found.scores)
+    with table.open(newline="") as stream:
+        header = next(csv.reader(stream))
+    assert header[-6:] == ["lesion_dice", "lesion_hd95_mm", "n_tp", "n_fp", "n_fn", "notice"]
+    content = json.loads(summary.read_text())
+    told = content["summary"]["lesionwise"]
+    assert told["dice"]["WT"] == pytest.approx(0.75)
+    assert told["dice"]["mean"] == pytest.approx((1 + 0.75 + 1) / 3)
+    assert told["hd95_mm"]["WT"] == pytest.approx(187 / 2)
+    assert told["n_fn"] == {"TC": 0, "WT": 1, "ET": 0}
+    assert told["n_tp"] == {"TC": 2, "WT": 3, "ET": 0}  # 48 mm3 of ET are below the limit
+    assert "374" in content["lesionwise_policy"]
+
+
+def test_rows_without_lesion_scores_stay_as_they_were(tmp_path: Path) -> None:
+    table, summary = write_scores(tmp_path / "metrics.csv", SCORES)
+    assert "lesion" not in table.read_text() + summary.read_text()
+    assert read_scores(table) == SCORES
+    mixed = [SubjectScore("p0", "", s.region, 1, 0, False, LesionwiseScore(0.5, 187, 1, 0, 1)) for s in SCORES[:3]]
+    table, _ = write_scores(tmp_path / "mixed.csv", [*mixed, *SCORES])
+    assert read_scores(table) == [*mixed, *SCORES]
+    assert "lesionwise" not in summarise([*mixed, *SCORES])
