@@ -62,9 +62,9 @@ def fresh(warm: bool, seed: int) -> nn.Module:
     return network
 
 
-def phantoms(public: PublicSampler, step: int) -> Patient:
-    """The public batch of a step."""
-    drawn = public.draw(step, 2)
+def phantoms(public: PublicSampler, number: int, count: int = 2) -> Patient:
+    """The public batch of a step, or of a basis."""
+    drawn = public.draw(number, count)
     return drawn.base, drawn.classes
 
 
@@ -122,6 +122,7 @@ def one(
     *,
     warm: bool,
     which: str,
+    optimizer: str,
     learning_rate: float,
     clip: float,
     seed: int,
@@ -133,8 +134,22 @@ def one(
     if math.isinf(epsilon):
         return train_plain(network, patients, public, q=EXPECTED.get(n, n / 2) / n, learning_rate=1e-3)
     select_trainable(network, which)
-    schedule = PrivateSchedule(mechanism(epsilon, n), clip_norm=clip, learning_rate=learning_rate, precision="bfloat16")
-    return train_private(network, patients, schedule=schedule, draw=lambda p: crops(p, 1), per_row_loss=per_row_dice_ce)
+    schedule = PrivateSchedule(
+        mechanism(epsilon, n),
+        clip_norm=clip,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        public_weight=REHEARSAL,
+        precision="bfloat16",
+    )
+    return train_private(
+        network,
+        patients,
+        schedule=schedule,
+        draw=lambda p: crops(p, 1),
+        per_row_loss=per_row_dice_ce,
+        public=lambda number, count: phantoms(public, number, count),
+    )
 
 
 def main() -> None:
@@ -146,6 +161,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--starts", nargs="+", choices=["warm", "cold"], default=["warm", "cold"])
     parser.add_argument("--trainable", default="all")
+    parser.add_argument("--optimizer", choices=["adam", "sgd"], default="adam")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--clip", type=float, default=1.0)
     parser.add_argument("--profile", default="inverted-contrast")
@@ -173,6 +189,7 @@ def main() -> None:
                         public,
                         warm=start == "warm",
                         which=given.trainable,
+                        optimizer=given.optimizer,
                         learning_rate=given.learning_rate,
                         clip=given.clip,
                         seed=seed,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -55,23 +55,23 @@ def overlapped(
         while ahead is not None:
             item, loading = ahead
             ahead = None
-            computed, error = _result(loading)
+            loaded, error = _result(loading)
             del loading  # else the array that was read stays in memory until the next item is
             ahead = _next(queue, reader, read)
-            result: Computed | None = None
+            result: Any = None
             if error is None:
                 try:
-                    result = compute(computed)  # type: ignore[arg-type]  # without an error there is a value
+                    result = compute(loaded)
                 except Exception as raised:
                     error = raised
-            computed = None
+            loaded = None
             if behind is not None:
                 yield _outcome(*behind)
                 behind = None
             if error is not None:
                 yield Outcome(item, None, error)
             else:
-                behind = (item, writer.submit(write, result))  # type: ignore[arg-type]
+                behind = (item, writer.submit(write, result))
             result = None
         if behind is not None:
             yield _outcome(*behind)
@@ -85,7 +85,7 @@ def _next(
     return None
 
 
-def _result(future: Future[Loaded]) -> tuple[Loaded | None, Exception | None]:
+def _result(future: Future[Any]) -> tuple[Any, Exception | None]:
     try:
         return future.result(), None
     except Exception as error:

@@ -26,10 +26,8 @@ from fediod_med.privacy.gate import Gate
 from fediod_med.privacy.policy import PrivacyPolicy
 from fediod_med.privacy.row_loss import per_row_dice_ce
 from fediod_med.privacy.trainable import select_trainable
-from fediod_med.privacy.training import Checkpoints, PrivateSchedule, PrivateTrainer, train_private
+from fediod_med.privacy.training import Checkpoints, PrivateSchedule, PrivateTrainer, PublicDraw, train_private
 from fediod_med.sites import Site
-
-PUBLIC_CROPS = 2  # of phantoms in each step's public gradient
 
 
 def private_schedule(site: Site, policy: PrivacyPolicy, *, init: str, device: torch.device) -> PrivateSchedule:
@@ -49,6 +47,7 @@ def private_schedule(site: Site, policy: PrivacyPolicy, *, init: str, device: to
         physical_batch=site.physical_batch,
         precision=private_precision(device),
         public_weight=site.rehearsal,
+        subspace=site.subspace if site.rehearsal else 0,  # without public crops there is nothing to span it
         extra={
             "network": json.dumps(site.network(), sort_keys=True),
             "init": init,
@@ -90,13 +89,13 @@ def patient_crops(scans: Sequence[Mapping[str, Any]], site: Site) -> tuple[Tenso
     return torch.stack(images), torch.stack(labels)
 
 
-def public_crops(public: PublicSampler | None) -> Callable[[int], tuple[Tensor, Tensor]] | None:
-    """The public batch of each private step, step number to images and classes; `None` without rehearsal."""
+def public_crops(public: PublicSampler | None) -> PublicDraw | None:
+    """Public phantoms by number of the draw and count, images and classes; `None` where there are none."""
     if public is None:
         return None
 
-    def draw(step: int) -> tuple[Tensor, Tensor]:
-        drawn = public.draw(step, PUBLIC_CROPS)
+    def draw(number: int, count: int) -> tuple[Tensor, Tensor]:
+        drawn = public.draw(number, count)
         return drawn.base, drawn.classes
 
     return draw

@@ -71,6 +71,7 @@ class Site:
         crops: of one patient in a private step, clipped together.
         physical_batch: crops in memory at once during a private step.
         trainable: what a private step may change: `all`, `decoder`, `ends`, `head` or `norms`.
+        subspace: number of public gradients whose span a private gradient is projected on; 0, or rehearsal 0: none.
         discriminator_steps: private steps of the discriminator over all rounds; it is frozen afterwards.
         discriminator_share: of the budget (share of the sum of squared GDP mu).
         counts_share: of the budget, for the noisy class counts.
@@ -114,6 +115,7 @@ class Site:
     crops: int = 2
     physical_batch: int = 4
     trainable: str = "all"
+    subspace: int = 60
     discriminator_steps: int = 40
     discriminator_share: float = 0.15
     counts_share: float = 0.05
@@ -286,6 +288,8 @@ def _check_privacy(site: Site, path: Path) -> None:
     for key in ("private_steps", "crops", "physical_batch", "discriminator_steps", "releases"):
         if getattr(site, key) < 1:
             raise SettingsError(f"{path}: {key}: expected 1 or more, found {getattr(site, key)}")
+    if site.subspace < 0:
+        raise SettingsError(f"{path}: subspace: expected 0 or more public gradients, found {site.subspace}")
     shares = site.discriminator_share, site.counts_share
     if min(shares) <= 0 or sum(shares) >= 1:
         raise SettingsError(

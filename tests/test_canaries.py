@@ -14,11 +14,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fediod_med import canaries, cli
+from fediod_med import canaries
 from fediod_med.auditing import AUDIT_FILE, RunFiles, audit_run
 from fediod_med.canaries import OFF, canary_audit, canary_audits, claimed_epsilon, policy_of_run
 from fediod_med.checkpoints import Provenance, save_state, save_weights, weights_digest
 from fediod_med.claims import check_claim, find_claims, stated_with_audit
+from fediod_med.cli.main import command_line
 from fediod_med.data.phantoms import Grid, write_cohort
 from fediod_med.errors import InputError, PrivacyError, SettingsError
 from fediod_med.networks import PatchDiscriminator, build_segmenter
@@ -45,6 +46,7 @@ SETTINGS: dict[str, Any] = {
     "privacy_mode": "dp-sgd",
     "epsilon": 0.5,
     "private_steps": 2,
+    "subspace": 2,
     "sample_rate": 1.0,
     "crops": 1,
 }
@@ -259,9 +261,9 @@ def test_the_command_audits_canaries_and_discriminators_and_the_report_takes_the
     run = tmp_path / "run"
     write_run(site, run)
     words = ["privacy", "audit", str(run), "--sites", str(site.folder.parent), "--device", "cpu", "--quiet"]
-    silent = CliRunner().invoke(cli.app, words, catch_exceptions=False)
+    silent = CliRunner().invoke(command_line(), words, catch_exceptions=False)
     assert silent.exit_code == 0 and f"Skipped: {OFF}" in silent.output
-    done = CliRunner().invoke(cli.app, [*words, "--canaries", "5"], catch_exceptions=False)
+    done = CliRunner().invoke(command_line(), [*words, "--canaries", "5"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "teacher:north, canaries: " in done.output and "of 5 guesses right on 5 canaries" in done.output
     assert "discriminator:north, realism score" in done.output and "Skipped" not in done.output
@@ -271,10 +273,10 @@ def test_the_command_audits_canaries_and_discriminators_and_the_report_takes_the
     assert audit["one_run"][0]["ceiling"] >= audit["one_run"][0]["epsilon_lower_bound"] >= 0
 
     shutil.copytree(run / "audit", site.folder / "audit")
-    report = CliRunner().invoke(cli.app, ["privacy", "report", str(site.folder)], catch_exceptions=False)
+    report = CliRunner().invoke(command_line(), ["privacy", "report", str(site.folder)], catch_exceptions=False)
     assert re.search(r"Empirical lower bound 0\.\d\d \(95 %\) from audit\.json, the largest of 6\.", report.output)
     shutil.rmtree(site.folder / "audit")
-    report = CliRunner().invoke(cli.app, ["privacy", "report", str(site.folder)], catch_exceptions=False)
+    report = CliRunner().invoke(command_line(), ["privacy", "report", str(site.folder)], catch_exceptions=False)
     assert "No empirical audit is attached" in report.output
 
 

@@ -116,7 +116,7 @@ def test_an_interruption_ends_the_whole() -> None:
             raise KeyboardInterrupt
         return value
 
-    written = []
+    written: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         list(overlapped(range(5), read=lambda v: v, compute=compute, write=written.append))
     assert written == [0]

@@ -104,6 +104,7 @@ def test_changing_one_patient_moves_the_sum_by_at_most_twice_c_and_leaves_the_ot
             source=Planned([chosen], 3),
         )
         seen = []
+        assert isinstance(trainer.optimizer, PatientOptimizer)
         trainer.optimizer.attach_step_hook(
             lambda o: seen.append(torch.cat([p.grad.flatten() for p in o.params]).double())
         )
@@ -213,17 +214,66 @@ def test_frozen_parameters_stay_as_they_are():
 
 
 def test_public_rows_are_mixed_in_and_cost_nothing():
-    asked: list[int] = []
+    asked: list[tuple[int, int]] = []
 
-    def public(step):
-        asked.append(step)
+    def public(number, count):
+        asked.append((number, count))
         return rows((0, 8), (0, 8))
 
     mixed = schedule_of(q=0.5, public_weight=0.25)
     assert first_gradient(FOUR, mixed, public=public) == pytest.approx([0.75 * 0.75, 0.75 * 0.5 + 0.25])
-    assert asked == [1]
+    assert asked == [(1, 2)]
     first_gradient(FOUR, schedule_of(q=0.5), public=public)
-    assert asked == [1]  # weight 0: not even drawn
+    assert asked == [(1, 2)]  # weight 0: not even drawn
+
+
+def test_in_a_subspace_patients_move_the_weights_along_public_gradients_only():
+    asked: list[tuple[int, int]] = []
+
+    def public(number, count):
+        asked.append((number, count))
+        return rows((0, 3))
+
+    schedule = schedule_of(q=0.5, steps=5, subspace=1, refresh=2)
+    # Projected on (0, 1): coefficients 0, 1, 0, 0; over the declared 2.
+    assert first_gradient(FOUR, schedule, public=public) == pytest.approx([0, 0.5])
+    assert asked == [(6, 1)]  # beyond the numbers of the steps
+    long = [rows((3, 4))]
+    # Projection first (0, 4), then the clip to 1: with the clip first it would be .8.
+    assert first_gradient(long, schedule, draws=((0,),), public=public) == pytest.approx([0, 1 / 0.5])
+
+
+def test_the_basis_is_renewed_at_intervals_and_after_an_interruption():
+    asked: list[int] = []
+
+    def public(number, count):
+        asked.append(number)
+        return rows((0, 3))
+
+    schedule = schedule_of(q=1.0, steps=5, subspace=1, refresh=2)
+
+    def fresh(steps):
+        return PrivateTrainer(Linear(), schedule, patients=1, per_row_loss=minus, source=Planned([(0,)] * steps, 1))
+
+    trainer = fresh(5)
+    for _ in range(5):
+        trainer.step(lambda index: rows((1, 1)), public)
+    assert asked == [6, 7, 8]
+    asked.clear()
+    first = fresh(1)
+    first.step(lambda index: rows((1, 1)), public)
+    second = fresh(4)
+    second.load_state_dict(first.state_dict())
+    for _ in range(4):
+        second.step(lambda index: rows((1, 1)), public)
+    assert asked == [6, 6, 7, 8]
+    # Public gradients alone span the basis, so the ends agree.
+    assert torch.allclose(second.network.weight, trainer.network.weight)
+
+
+def test_a_subspace_without_public_rows_is_refused():
+    with pytest.raises(PrivacyError, match="public crops for the subspace"):
+        first_gradient(FOUR, schedule_of(subspace=1))
 
 
 def test_an_interrupted_training_continues_with_its_own_steps_and_ends_where_the_other_ends(tmp_path):
@@ -269,7 +319,7 @@ def test_the_digest_covers_every_setting():
         schedule_of(sigma=1.1), schedule_of(q=0.4), schedule_of(steps=4), schedule_of(clip_norm=2.0),
         schedule_of(learning_rate=0.5), schedule_of(optimizer="adam"), schedule_of(physical_batch=2),
         schedule_of(public_weight=0.5), schedule_of(average=0.5), schedule_of(precision="bfloat16"),
-        schedule_of(extra={"init": "prior"}),
+        schedule_of(extra={"init": "prior"}), schedule_of(subspace=3), schedule_of(refresh=4),
     ]  # fmt: skip
     assert len({s.digest() for s in [base, *others]}) == 1 + len(others) == 1 + len(dataclasses.fields(base)) + 2
     assert base.digest() == schedule_of().digest()
@@ -288,6 +338,7 @@ def test_reduced_precision_gives_nearly_the_same_gradient_in_float32():
             source=Planned([(0,)], 1),
         )
         seen: list[torch.Tensor] = []
+        assert isinstance(trainer.optimizer, PatientOptimizer)
         trainer.optimizer.attach_step_hook(
             lambda o, seen=seen: seen.append(torch.cat([p.grad.flatten() for p in o.params]))
         )

@@ -55,6 +55,7 @@ def site_files(root: Path, data: Path, **settings: str) -> Path:
     privacy = {
         "epsilon": "8.0",
         "private_steps": "2",
+        "subspace": "2",
         "discriminator_steps": "2",
         "crops": "1",
         "rehearsal": "0.0",

@@ -16,7 +16,14 @@ from fediod_med.site_gate import open_gate
 from fediod_med.sites import Site, load_site
 
 pytest.importorskip("opacus")
-SETTINGS = {"epsilon": "8.0", "private_steps": "2", "discriminator_steps": "2", "crops": "1", "folds": "2"}
+SETTINGS = {
+    "epsilon": "8.0",
+    "private_steps": "2",
+    "subspace": "2",
+    "discriminator_steps": "2",
+    "crops": "1",
+    "folds": "2",
+}
 
 
 @pytest.fixture(scope="module")

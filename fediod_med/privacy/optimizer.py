@@ -134,12 +134,7 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             gradient: one tensor per trained parameter, of a mean loss over public rows.
             weight: w, in [0, 1].
         """
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient])))
-        factor = clip_factor(norm, self.max_grad_norm)
-        for p, g in zip(self.params, gradient, strict=True):
-            p.grad.mul_(1 - weight)
-            if factor > 0:
-                p.grad.add_(g, alpha=weight * factor)
+        mix_public(self.params, gradient, weight=weight, clip_norm=self.max_grad_norm)
 
     def descend(self) -> None:
         """Step of the underlying optimiser on what stands in `.grad`; then forget the draw."""
@@ -167,6 +162,19 @@ def patient_gradient(loss_of: Callable[[slice], Tensor], rows: int, physical_bat
                 f"{tuple(losses.shape)}; use a loss without reduction over rows"
             )
         (losses.sum() / rows).backward()
+
+
+def mix_public(
+    parameters: Sequence[nn.Parameter], gradient: Sequence[Tensor], *, weight: float, clip_norm: float
+) -> None:
+    """Replace each `.grad` by `(1 - w) * .grad + w * clip_C(gradient)`, clipped jointly."""
+    norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient])))
+    factor = clip_factor(norm, clip_norm)
+    for p, g in zip(parameters, gradient, strict=True):
+        assert p.grad is not None, "the private gradient comes first"
+        p.grad.mul_(1 - weight)
+        if factor > 0:
+            p.grad.add_(g, alpha=weight * factor)
 
 
 def public_gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:

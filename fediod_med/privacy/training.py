@@ -26,10 +26,13 @@ from fediod_med.errors import PrivacyError
 from fediod_med.privacy.mechanisms import Mechanism
 from fediod_med.privacy.noise import NoiseSource, OsNoise, poisson_draw
 from fediod_med.privacy.optimizer import PatientOptimizer, patient_gradient, public_gradient
+from fediod_med.privacy.subspace import SubspaceOptimizer, public_basis
 from fediod_med.privacy.trainable import check_private_network, trainable_parameters
 
 Patient = TypeVar("Patient")
+PublicDraw = Callable[[int, int], tuple[Tensor, Tensor]]
 OPTIMIZERS = ("adam", "sgd")
+PUBLIC_ROWS = 2  # in each step's public gradient
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class PrivateSchedule:
         optimizer: `adam`, or `sgd` with momentum .9.
         physical_batch: rows (crops) in memory at once.
         public_weight: share of the public gradient in each step, in [0, 1).
+        subspace: number of public gradients whose span the patients' gradients are projected on (`privacy.subspace`);
+            0 trains in all directions.
+        refresh: steps after which that basis is computed anew.
         average: momentum of the averaged weights; `min(.5, 10 / steps)` when omitted, a mean over the last tenth.
         precision: `float32`, or `bfloat16` for matrix products and convolutions; gradients stay float32, clipping and
             noise float64.
@@ -54,6 +60,8 @@ class PrivateSchedule:
     optimizer: str = "adam"
     physical_batch: int = 4
     public_weight: float = 0.0
+    subspace: int = 0
+    refresh: int = 10
     average: float | None = None
     precision: str = "float32"
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -73,6 +81,11 @@ class PrivateSchedule:
             raise PrivacyError(
                 "private training: expected a clip norm, a learning rate and a physical batch above 0, found "
                 f"{self.clip_norm}, {self.learning_rate} and {self.physical_batch}"
+            )
+        if self.subspace < 0 or self.refresh < 1:
+            raise PrivacyError(
+                f"private training: expected a subspace of at least 0 dimensions, renewed after at least 1 step, found "
+                f"{self.subspace} and {self.refresh}"
             )
         if not 0 <= self.public_weight < 1 or not (self.average is None or 0 < self.average <= 1):
             raise PrivacyError(
@@ -140,16 +153,16 @@ class PrivateTrainer:
         self.network = network
         self.average = copy.deepcopy(network).requires_grad_(False)
         self.done = 0
+        self._stale = True  # no basis yet, or the one of an interrupted run is gone
         self._schedule = schedule
         self._patients = patients
         self._loss = per_row_loss
         self._device = torch.device(device)
         self._source: NoiseSource = OsNoise() if source is None else source
         self.parameters = trainable_parameters(network)
-        self.optimizer = PatientOptimizer(
-            base_optimizer(schedule, self.parameters),
-            noise_multiplier=schedule.mechanism.noise_multiplier,
-            clip_norm=schedule.clip_norm,
+        self.optimizer = private_optimizer(
+            schedule,
+            self.parameters,
             expected_patients=schedule.mechanism.sample_rate * patients,
             source=self._source,
         )
@@ -157,21 +170,25 @@ class PrivateTrainer:
     def step(
         self,
         draw: Callable[[int], tuple[Tensor, Tensor]],
-        public: Callable[[int], tuple[Tensor, Tensor]] | None = None,
+        public: PublicDraw | None = None,
     ) -> None:
         """One draw, one noised step, one update of the average.
 
         Args:
             draw: patient index in [0, n) to its crops `(P, 4, d, h, w)` and labels `(P, ...)`; P may differ by patient.
-            public: step number (from 1) to public crops and labels of the same form.
+            public: `(number, count)` to `count` public crops and labels of the same form; numbers up to `steps` serve
+                the mixed-in gradient of that step, higher ones the bases.
 
         Raises:
-            PrivacyError: the schedule is finished.
+            PrivacyError: the schedule is finished, or it names a subspace and nothing public was given.
         """
         steps = self._schedule.mechanism.steps
         if self.done >= steps:
             raise PrivacyError(f"private training: all {steps} charged steps are done; another needs a new charge")
         self.network.train()
+        if isinstance(self.optimizer, SubspaceOptimizer) and (self._stale or self.done % self._schedule.refresh == 0):
+            self.optimizer.set_basis(self._public_basis(public))
+            self._stale = False
         self.optimizer.zero_grad(set_to_none=True)
         for group in self.optimizer.param_groups:
             group["lr"] = self._schedule.learning_rate * rate(self.done, steps)
@@ -181,7 +198,7 @@ class PrivateTrainer:
         weight = self._schedule.public_weight
         gradient = None
         if public is not None and weight > 0:
-            image, label = (t.to(self._device) for t in public(self.done + 1))
+            image, label = (t.to(self._device) for t in public(self.done + 1, PUBLIC_ROWS))
             gradient = public_gradient(self._losses(image, label).mean(), self.parameters)
         self.optimizer.noised_gradient()
         if gradient is not None:
@@ -208,10 +225,24 @@ class PrivateTrainer:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.done = int(state["done"])
+        self._stale = True
 
     def _backward(self, image: Tensor, label: Tensor) -> None:
         image, label = image.to(self._device), label.to(self._device)
         patient_gradient(lambda part: self._losses(image[part], label[part]), len(image), self._schedule.physical_batch)
+
+    def _public_basis(self, public: PublicDraw | None) -> Tensor:
+        """Directions of the steps to come, from gradients of single public rows at the present weights."""
+        if public is None:
+            raise PrivacyError("private training: expected public crops for the subspace, found none; set subspace 0")
+        schedule = self._schedule
+        images, labels = public(schedule.mechanism.steps + 1 + self.done // schedule.refresh, schedule.subspace)
+        return public_basis(
+            public_gradient(
+                self._losses(*(t[row : row + 1].to(self._device) for t in (images, labels))).sum(), self.parameters
+            )
+            for row in range(schedule.subspace)
+        )
 
     def _losses(self, image: Tensor, label: Tensor) -> Tensor:
         with autocast(self._schedule.precision, self._device):
@@ -232,7 +263,7 @@ def train_private(
     schedule: PrivateSchedule,
     draw: Callable[[Patient], tuple[Tensor, Tensor]],
     per_row_loss: Callable[[Tensor, Tensor], Tensor],
-    public: Callable[[int], tuple[Tensor, Tensor]] | None = None,
+    public: PublicDraw | None = None,
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[int, int], None] | None = None,
     device: torch.device | str = "cpu",
@@ -283,6 +314,26 @@ def rate(done: int, steps: int) -> float:
     """Share of the peak learning rate in step `done + 1`: a cosine to 0, after a linear warm-up of a twentieth."""
     warm_up = max(1, steps // 20)
     return min(1.0, (done + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * done / max(steps, 1)))
+
+
+def private_optimizer(
+    schedule: PrivateSchedule,
+    parameters: Sequence[nn.Parameter],
+    *,
+    expected_patients: float,
+    source: NoiseSource | None,
+) -> PatientOptimizer | SubspaceOptimizer:
+    """Clips and noises whole gradients, or their coefficients in a public subspace, as `schedule` says."""
+    settings: dict[str, Any] = {
+        "noise_multiplier": schedule.mechanism.noise_multiplier,
+        "clip_norm": schedule.clip_norm,
+        "expected_patients": expected_patients,
+        "source": source,
+    }
+    base = base_optimizer(schedule, parameters)
+    if schedule.subspace:
+        return SubspaceOptimizer(base, dimensions=schedule.subspace, **settings)
+    return PatientOptimizer(base, **settings)
 
 
 def base_optimizer(schedule: PrivateSchedule, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
