@@ -33,7 +33,7 @@ _SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "T1c": ("t1ce", "t1c", "t1gd", "t1post", "ce-gadolinium_t1w"),
     "T1": ("t1", "t1n", "t1w"),
     "T2": ("t2", "t2w"),
-    "FLAIR": ("flair", "t2f"),
+    "FLAIR": ("flair", "t2f", "t2flair", "t2_flair"),
     _MASK: ("seg", "dseg", "tumor_segmentation"),
 }
 _ROLE_BY_SUFFIX = {suffix: role for role, suffixes in _SUFFIXES.items() for suffix in suffixes}
@@ -153,21 +153,56 @@ def find_cases(folder: Path) -> tuple[Subject, ...]:
         InputError: no case found, an incomplete case, or two cases of the same id.
     """
     _require_folder(folder)
+    cases = _cases_of(folder)
+    if not cases or (len(cases) == 1 and cases[0].folder == folder):
+        return (find_subject(folder),)  # where it fails, its message names the flags to use
+    return _complete(cases)
+
+
+def list_cases(folder: Path) -> tuple[tuple[Subject, ...], dict[str, str]]:
+    """As `find_cases`, but a case that is incomplete or doubled does not hide the others.
+
+    Returns:
+        The complete cases, sorted by id, and what is wrong with each of the others, by id; both empty when the folder
+        holds no case at all.
+
+    Raises:
+        InputError: not a folder, or a file of a flat folder has no id.
+    """
+    _require_folder(folder)
+    by_id: dict[str, list[_Case]] = {}
+    for case in _cases_of(folder):
+        by_id.setdefault(case.subject_id, []).append(case)
+    subjects: list[Subject] = []
+    problems: dict[str, str] = {}
+    for subject_id, cases in sorted(by_id.items()):
+        try:
+            subjects += _complete(cases)
+        except InputError as error:
+            problems[subject_id] = str(error)
+    return tuple(subjects), problems
+
+
+def sequence_of(suffix: str) -> str | None:
+    """The sequence that a suffix or column name stands for (`t1ce`, `T1GD`, `t2f`, ...), or `None`."""
+    role = _ROLE_BY_SUFFIX.get(suffix.strip().lower())
+    return role if role in SEQUENCES else None
+
+
+def _cases_of(folder: Path) -> list[_Case]:
+    """Cases in or below a folder, complete or not."""
     here = _named_files(folder)
     images = [file for file in here if file.role != _MASK]
     if images:
         repeated = len({file.role for file in images}) < len(images)
         if repeated and len({file.prefix for file in images}) > 1:
-            return _complete(_flat_cases(folder))
-        return (find_subject(folder),)
-    cases = [
+            return _flat_cases(folder)
+        return [_case_of(folder, here)]
+    return [
         _case_of(found, files)
         for found, files in _case_folders(folder, _MAX_DEPTH)
         if any(file.role != _MASK for file in files)
     ]
-    if not cases:
-        return (find_subject(folder),)  # raises, with what the folder holds and the flags to use
-    return _complete(cases)
 
 
 def _matching(found: Sequence[_Found], wanted: re.Pattern[str], root: Path, layout: str) -> tuple[_Found, ...]:
