@@ -22,6 +22,9 @@ from fediod_med.errors import PrivacyError
 from fediod_med.privacy.noise import NoiseSource
 from fediod_med.privacy.optimizer import PatientOptimizer, mix_public
 
+# Gradients projected in one product: reading the basis, hundreds of megabytes, is what a projection costs.
+_TOGETHER = 8
+
 
 def public_basis(gradients: Iterable[Sequence[Tensor]]) -> Tensor:
     """Orthonormal basis of the span of public gradients, each scaled to length 1 first.
@@ -85,6 +88,7 @@ class SubspaceOptimizer:
         self.params: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self.max_grad_norm = clip_norm
         self._basis: Tensor | None = None
+        self._waiting: list[Tensor] = []
         self._coefficients = nn.Parameter(torch.zeros(dimensions, device=self.params[0].device))
         # Never stepped: it clips, sums and noises the coefficients, with the code that noises whole gradients.
         self._private = PatientOptimizer(
@@ -107,20 +111,17 @@ class SubspaceOptimizer:
             raise PrivacyError(f"public subspace: expected a basis of shape {expected}, found {tuple(basis.shape)}")
         self._basis = basis.to(self._coefficients)
 
-    def add_patient(self) -> float:
-        """Project the gradient that stands in `.grad`, clip its coefficients as one patient's, add them, clear `.grad`.
-
-        Returns:
-            Norm of the coefficients before clipping: private, for tests only; it must not be logged.
-        """
-        gradient = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params])
-        self._coefficients.grad = self._directions().T @ gradient
+    def add_patient(self) -> None:
+        """Take the gradient that stands in `.grad` as one patient's, and clear `.grad`."""
+        self._waiting.append(flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]))
         for p in self.params:
             p.grad = None
-        return self._private.add_patient()
+        if len(self._waiting) == _TOGETHER:
+            self._project()
 
     def noised_gradient(self) -> None:
         """Close the draw: `.grad` becomes the private estimate of the mean gradient within the subspace."""
+        self._project()
         self._private.noised_gradient()
         noised = self._coefficients.grad
         assert noised is not None, "just set"
@@ -139,6 +140,7 @@ class SubspaceOptimizer:
 
     def zero_grad(self, *, set_to_none: bool = True) -> None:
         """Forget gradients and coefficients."""
+        self._waiting.clear()
         self.original_optimizer.zero_grad(set_to_none=set_to_none)
         self._private.zero_grad(set_to_none=True)
 
@@ -149,6 +151,16 @@ class SubspaceOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Into the underlying optimiser."""
         self.original_optimizer.load_state_dict(state)
+
+    def _project(self) -> None:
+        """Coefficients of the waiting gradients, each patient's clipped and added."""
+        if not self._waiting:
+            return
+        coefficients = self._directions().T @ torch.stack(self._waiting, dim=1)
+        self._waiting.clear()
+        for column in coefficients.T:
+            self._coefficients.grad = column.contiguous()
+            self._private.add_patient()
 
     def _directions(self) -> Tensor:
         if self._basis is None:
