@@ -140,8 +140,8 @@ def test_nothing_of_a_draw_is_left_for_the_next():
 def test_a_basis_of_another_shape_or_none_is_refused():
     params = parameters((4,))
     optimizer = optimizer_of(params, dimensions=2)
+    optimizer.add_patient()
     with pytest.raises(PrivacyError, match="basis before"):
-        optimizer.add_patient()
         optimizer.noised_gradient()
     with pytest.raises(PrivacyError, match=r"\(4, 2\)"):
         optimizer.set_basis(torch.eye(4))
