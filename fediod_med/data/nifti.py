@@ -17,7 +17,7 @@ import math
 import os
 import secrets
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,73 @@ class Volume:
     array: np.ndarray
     affine: np.ndarray
     path: Path
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """One sequence on its own grid, which need not be that of the other sequences.
+
+    Attributes:
+        array: `(X, Y, Z)` float32, finite and not constant; axes are those of the file.
+        affine: `(4, 4)` float64, voxel index to mm in RAS+ world coordinates.
+        path: where it was read from.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    path: Path
+
+
+def read_scan(path: Path, sequence: str, *, channel: int | None = None) -> Scan:
+    """Read one sequence, whatever the grid of the others.
+
+    Args:
+        path: `.nii` or `.nii.gz`.
+        sequence: its name, for messages.
+        channel: index along the fourth axis of a 4-D file, or none for a 3-D file.
+
+    Raises:
+        InputError: the file is missing, truncated, empty, not NIfTI, of the wrong dimension, not finite or constant.
+        GeometryError: no usable geometry.
+    """
+    header, values = _read(path)
+    return checked_scan(
+        _sequence(path, values, sequence, channel, channel is None), _affine(header, path), path, sequence
+    )
+
+
+def checked_scan(array: np.ndarray, affine: np.ndarray, path: Path, sequence: str) -> Scan:
+    """A scan from values `(X, Y, Z)` and affine `(4, 4)` of any reader, checked as those of a NIfTI file are.
+
+    Raises:
+        InputError: NaN, Inf, or one value everywhere.
+        GeometryError: the affine is not finite, singular or sheared.
+    """
+    _require_usable(affine, path)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes Inf, and is refused
+        values = np.ascontiguousarray(array, dtype=np.float32)
+    _require_signal(values, path, sequence)
+    return Scan(values, np.asarray(affine, dtype=np.float64), path)
+
+
+def on_one_grid(scans: Mapping[str, Scan]) -> Volume:
+    """Four scans, by sequence name, as one volume.
+
+    Raises:
+        InputError: a sequence is missing.
+        GeometryError: they are not on the grid of the T1c scan.
+    """
+    missing = [name for name in SEQUENCES if name not in scans]
+    if missing:
+        raise InputError(f"expected scans for {', '.join(SEQUENCES)}, found none for {', '.join(missing)}")
+    reference = scans[SEQUENCES[0]]
+    for name in SEQUENCES[1:]:
+        scan = scans[name]
+        _require_same_grid(
+            *(scan.path, scan.array.shape, scan.affine),
+            *(reference.path, reference.array.shape, reference.affine),
+        )
+    return Volume(np.stack([scans[name].array for name in SEQUENCES]), reference.affine, reference.path)
 
 
 def read_subject(subject: Subject) -> Volume:
@@ -153,10 +220,7 @@ def write_segmentation(path: Path, classes: np.ndarray, *, reference: Path, sche
         GeometryError: `classes` does not have the shape of the reference, or the written geometry differs.
         LabelError: `classes` holds anything but 0 to 3.
     """
-    if classes.dtype.kind not in "ui":
-        raise LabelError(f"{path}: expected classes as integers, found {classes.dtype}; take the argmax first")
-    if classes.size and not (classes.min() >= 0 and classes.max() < len(CLASSES)):
-        raise LabelError(f"{path}: expected classes 0 to {len(CLASSES) - 1}, found {np.unique(classes)[:8].tolist()}")
+    _require_classes(path, classes)
     source = _read_header(reference)
     shape = _shape(source, reference)[:3]
     if classes.shape != shape:
@@ -186,6 +250,35 @@ def write_segmentation(path: Path, classes: np.ndarray, *, reference: Path, sche
     _write(path, values, header, verify)
 
 
+def write_label_map(path: Path, classes: np.ndarray, affine: np.ndarray, scheme: LabelScheme) -> None:
+    """Write a class map for scans that have no NIfTI file to copy the geometry from; as safe as `write_segmentation`.
+
+    Args:
+        path: `.nii` or `.nii.gz`; missing parent folders are made.
+        classes: `(X, Y, Z)` integers 0 to 3.
+        affine: `(4, 4)`, voxel index to mm in RAS+; a NIfTI header holds it as float32.
+        scheme: label scheme to write.
+
+    Raises:
+        InputError: wrong file ending or dimension, or the written file differs.
+        GeometryError: the affine is singular, sheared or not finite, or was changed by writing.
+        LabelError: `classes` holds anything but 0 to 3.
+    """
+    _require_classes(path, classes)
+    if classes.ndim != 3 or classes.size == 0:
+        raise InputError(f"{path}: expected classes (X, Y, Z), found shape {classes.shape}")
+    matrix = np.asarray(affine, dtype=np.float64)
+    _require_usable(matrix, path)
+    values = from_classes(classes, scheme)
+
+    def verify(written: Path) -> None:
+        found, read_back = _read(written)
+        _require_written(path, read_back, values)
+        _require_same_grid(path, read_back.shape, _affine(found, written), path, classes.shape, matrix)
+
+    _write(path, values, _header_of(classes.shape, matrix), verify)
+
+
 def write_volumes(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     """Write one volume or a stack of sequences as float32 NIfTI (phantoms and synthetic volumes), atomically.
 
@@ -207,14 +300,7 @@ def write_volumes(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
         raise InputError(f"{path}: expected finite float32 values, found NaN or Inf; nothing was written")
     matrix = np.asarray(affine, dtype=np.float64)
     _require_usable(matrix, path)
-    header = _HEADERS[348]()
-    header.set_data_shape(values.shape)
-    header.set_sform(matrix, code="aligned")
-    header.set_qform(matrix, code="aligned", strip_shears=True)
-    if corner_distance(values.shape, matrix, header.get_qform()) > GEOMETRY_TOLERANCE_MM:
-        # Near a half turn a float32 quaternion is off by up to 0.1 degrees: no second form is better than a wrong one.
-        header.set_qform(matrix, code="unknown", strip_shears=True)
-    header.set_xyzt_units("mm")
+    header = _header_of(values.shape, matrix)
     _write(path, values, header, lambda written: _require_written(path, _read(written)[1], values))
 
 
@@ -362,23 +448,27 @@ def _best_affine(header: Any) -> np.ndarray:
     return np.asarray(header.get_best_affine(), dtype=np.float64)
 
 
-def _sequences_of(subject: Subject, path: Path, values: np.ndarray) -> dict[str, np.ndarray]:
-    """The 3-D volumes that a subject takes from one file, by sequence name."""
-    names = [name for name in SEQUENCES if subject.images[name] == path]
-    if subject.channels is None:
+def _sequence(path: Path, values: np.ndarray, name: str, channel: int | None, alone: bool) -> np.ndarray:
+    """The 3-D volume of a sequence in the values of its file: all of them when `alone`, else one channel."""
+    if alone:
         if values.ndim != 3:
             raise InputError(
-                f"{path}: expected a 3-D volume for {names[0]}, found 4-D shape {values.shape}; give one volume per "
+                f"{path}: expected a 3-D volume for {name}, found 4-D shape {values.shape}; give one volume per "
                 f"file, or use layout msd for MSD Task01"
             )
-        return {names[0]: values}
+        return values
     if values.ndim != 4:
-        raise InputError(f"{path}: expected a 4-D file holding {', '.join(names)}, found shape {values.shape}")
-    absent = {name: subject.channels.get(name) for name in names}
-    for name, channel in absent.items():
-        if channel is None or not 0 <= channel < values.shape[3]:
-            raise InputError(f"{path}: expected channel {channel} to be {name}, found {values.shape[3]} channels")
-    return {name: values[..., subject.channels[name]] for name in names}
+        raise InputError(f"{path}: expected a 4-D file holding {name}, found shape {values.shape}")
+    if channel is None or not 0 <= channel < values.shape[3]:
+        raise InputError(f"{path}: expected channel {channel} to be {name}, found {values.shape[3]} channels")
+    return values[..., channel]
+
+
+def _sequences_of(subject: Subject, path: Path, values: np.ndarray) -> dict[str, np.ndarray]:
+    """The 3-D volumes that a subject takes from one file, by sequence name."""
+    channels, alone = subject.channels or {}, subject.channels is None
+    names = [name for name in SEQUENCES if subject.images[name] == path]
+    return {name: _sequence(path, values, name, channels.get(name), alone) for name in names}
 
 
 # ---------------------------------------------------------------- checks
@@ -436,6 +526,14 @@ def _require_signal(volume: np.ndarray, path: Path, name: str) -> None:
         raise InputError(f"{path}: expected a {name} image, found {low:g} in every voxel; export the sequence again")
 
 
+def _require_classes(path: Path, classes: np.ndarray) -> None:
+    """Refuse an array that is not of integers 0 to 3."""
+    if classes.dtype.kind not in "ui":
+        raise LabelError(f"{path}: expected classes as integers, found {classes.dtype}; take the argmax first")
+    if classes.size and not (classes.min() >= 0 and classes.max() < len(CLASSES)):
+        raise LabelError(f"{path}: expected classes 0 to {len(CLASSES) - 1}, found {np.unique(classes)[:8].tolist()}")
+
+
 def _require_written(path: Path, found: np.ndarray, expected: np.ndarray) -> None:
     """Refuse a written file whose type or values are not those that were meant."""
     expected = expected.reshape(found.shape) if found.size == expected.size else expected
@@ -444,6 +542,19 @@ def _require_written(path: Path, found: np.ndarray, expected: np.ndarray) -> Non
 
 
 # ---------------------------------------------------------------- writing
+
+
+def _header_of(shape: tuple[int, ...], affine: np.ndarray) -> Any:
+    """NIfTI-1 header with an affine (4, 4) in the sform, and in the qform where that is precise enough."""
+    header = _HEADERS[348]()
+    header.set_data_shape(shape)
+    header.set_sform(affine, code="aligned")
+    header.set_qform(affine, code="aligned", strip_shears=True)
+    if corner_distance(shape, affine, header.get_qform()) > GEOMETRY_TOLERANCE_MM:
+        # Near a half turn a float32 quaternion is off by up to 0.1 degrees: no second form is better than a wrong one.
+        header.set_qform(affine, code="unknown", strip_shears=True)
+    header.set_xyzt_units("mm")
+    return header
 
 
 def _write(path: Path, values: np.ndarray, header: Any, verify: Callable[[Path], None]) -> None:
