@@ -9,6 +9,8 @@
 | `msd` | `[Task01_BrainTumour/]{imagesTr,labelsTr}/BRATS_001.nii.gz`, four sequences in one 4-D file |
 | `flat` | every file of every case in one folder, `<id>_<suffix>` or `<id>-<suffix>` |
 
+Scans may also be NRRD or MetaImage files (`.nrrd`, `.mha`, `.mhd`); label maps and 4-D files are NIfTI.
+
 A layout says where files lie, never what their label values mean: the label scheme is a separate, explicit setting.
 """
 
@@ -39,8 +41,12 @@ _SUFFIXES: Mapping[str, tuple[str, ...]] = {
 _ROLE_BY_SUFFIX = {suffix: role for role, suffixes in _SUFFIXES.items() for suffix in suffixes}
 # The optional and the inner quantifier are lazy: the shortest identifier, hence the longest suffix, is tried first.
 _FILE_NAME = re.compile(
-    rf"(?:(?P<prefix>.+?)[_-])??(?P<suffix>{'|'.join(map(re.escape, _ROLE_BY_SUFFIX))})\.nii(?:\.gz)?", re.IGNORECASE
+    rf"(?:(?P<prefix>.+?)[_-])??(?P<suffix>{'|'.join(map(re.escape, _ROLE_BY_SUFFIX))})"
+    r"(?P<ending>\.nii|\.nii\.gz|\.nrrd|\.mha|\.mhd)",
+    re.IGNORECASE,
 )
+_NIFTI = (".nii", ".nii.gz")
+_SCANS = (*_NIFTI, ".nrrd", ".mha", ".mhd")
 # The mask of case 355 of BraTS 2020 carries the name it had at its hospital.
 _MISNAMED_MASKS = ("w39_1998.09.19_segm.nii", "w39_1998.09.19_segm.nii.gz")
 # Order of the sequences in MSD Task01 (its dataset.json).
@@ -70,7 +76,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class _NamedFile:
-    """A NIfTI file whose name tells its role (a sequence or the mask) and the identifier before the suffix."""
+    """A file whose name tells its role (a sequence or the mask) and the identifier before the suffix."""
 
     path: Path
     role: str
@@ -255,7 +261,7 @@ def _subject(case: _Case, *, hint: str) -> Subject:
     missing = [name for name in SEQUENCES if name not in by_role]
     if missing:
         found = ", ".join(f"{name} = {by_role[name].name}" for name in (*SEQUENCES, _MASK) if name in by_role)
-        present = _nifti_files(case.folder)
+        present = _files(case.folder, _SCANS)
         strange = [path.name for path in present if _named(path) is None]
         unknown = f"; not recognised by name: {_some(strange)}" if strange else ""
         if not present:
@@ -309,9 +315,9 @@ def _msd_subjects(root: Path) -> tuple[Subject, ...]:
     if base is None:
         raise InputError(f"{root}: expected a folder imagesTr (layout msd), found none; {_contents(root)}")
     _check_msd_channels(base / "dataset.json")
-    labels = {_stem(path): path for path in _nifti_files(base / "labelsTr")} if (base / "labelsTr").is_dir() else {}
+    labels = {_stem(path): path for path in _files(base / "labelsTr", _NIFTI)} if (base / "labelsTr").is_dir() else {}
     images: dict[str, Path] = {}
-    for path in _nifti_files(base / "imagesTr"):
+    for path in _files(base / "imagesTr", _NIFTI):
         if _stem(path) in images:
             raise InputError(f"{path.parent}: two files for {_stem(path)}: {images[_stem(path)].name} and {path.name}")
         images[_stem(path)] = path
@@ -357,7 +363,7 @@ def _with_grades(cases: Sequence[_Case], root: Path) -> list[_Case]:
 
 def _named_files(folder: Path) -> tuple[_NamedFile, ...]:
     """Files of a folder whose name tells their role, in order of name."""
-    return tuple(named for path in _nifti_files(folder) if (named := _named(path)) is not None)
+    return tuple(named for path in _files(folder, _SCANS) if (named := _named(path)) is not None)
 
 
 def _named(path: Path) -> _NamedFile | None:
@@ -367,15 +373,18 @@ def _named(path: Path) -> _NamedFile | None:
     match = _FILE_NAME.fullmatch(path.name)
     if match is None:
         return None
-    return _NamedFile(path, _ROLE_BY_SUFFIX[match["suffix"].lower()], match["prefix"] or "")
+    role = _ROLE_BY_SUFFIX[match["suffix"].lower()]
+    if role == _MASK and match["ending"].lower() not in _NIFTI:
+        return None
+    return _NamedFile(path, role, match["prefix"] or "")
 
 
-def _nifti_files(folder: Path) -> list[Path]:
-    """NIfTI files of a folder in order of name; hidden files and macOS resource forks (`._*`) are left out."""
+def _files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """Files of a folder with one of the endings in order of name; hidden ones and macOS forks (`._*`) are left out."""
     return sorted(
         path
         for path in folder.iterdir()
-        if path.name.lower().endswith((".nii", ".nii.gz")) and not path.name.startswith(".") and path.is_file()
+        if path.name.lower().endswith(endings) and not path.name.startswith(".") and path.is_file()
     )
 
 
