@@ -25,19 +25,18 @@ from scipy.stats import spearmanr
 from fediod_med.errors import InputError, SettingsError
 from fediod_med.labels import REGION_CLASSES, REGIONS, region_masks
 from fediod_med.metrics import bounding_box
-from fediod_med.uncertainty import class_entropy
+from fediod_med.uncertainty import class_entropy, require_probabilities
 
-FEATURES = (
-    *(f"confidence_{region}" for region in REGIONS),
-    *("entropy_inside", "entropy_rim", "uncertain_share"),
-    *("log_volume_ml", "core_share", "enhancing_share", "log_components", "largest_share"),
-)
+FEATURES = (*(f"confidence_{region}" for region in REGIONS), "entropy_inside", "entropy_rim", "uncertain_share")
 """What the score rests on; `measure` says what each is."""
+SHAPE = ("volume_ml", "components", "largest_share")
+"""Measured too, but only shown beside the score: phantoms and patients differ in shape whatever the quality."""
 COVERAGE = 0.8
 """Share of cases like those of the calibration whose Dice lies between `low` and `high`."""
 
 _RIM_MM = 4.0
 _UNCERTAIN_NATS = 0.35  # half of ln 2: the best class has about 0.89
+_SURE = 0.99  # of background; its entropy is at most 0.07 nats
 _SMOOTH_ML = 0.1  # below this a region counts as about absent
 _SMALLEST_ML = 0.1
 
@@ -48,11 +47,12 @@ class QualityScore:
 
     Attributes:
         value: predicted mean Dice over TC, WT and ET, 0 to 1.
-        low: lower end of the interval that holds `COVERAGE` of cases like those of the calibration.
-        high: upper end.
+        low: lower end of the interval that holds `COVERAGE` of cases like those of the calibration; 0 when no tumour
+            was predicted, which is a perfect answer or none at all.
+        high: upper end; 1 when no tumour was predicted.
         rests_on: the measures behind the value (`FEATURES`).
-        beside: measures that are shown but do not move the value, for want of cases to calibrate them on: share of the
-            tumour outside the brain, number of input warnings, mean disagreement of teachers in the tumour (nats).
+        beside: measures that are shown but do not move the value: the tumour's shape (`SHAPE`) and, where known, its
+            share outside the brain, the mean disagreement of teachers in it (nats) and the number of input warnings.
         calibrated_on: what the regression was fitted on, in words.
     """
 
@@ -117,14 +117,13 @@ class Calibration:
 
 
 def measure(probabilities: np.ndarray, affine: np.ndarray) -> dict[str, float]:
-    """What the score rests on, measured on one prediction.
+    """What the score rests on (`FEATURES`) and the tumour's shape (`SHAPE`), measured on one prediction.
 
     - `confidence_TC`, `_WT`, `_ET`: soft Dice confidence of the region, `2 sum(p y) / (sum(p) + sum(y))` with p its
       probability and y whether it was predicted, 0.1 ml added on both sides of the fraction.
     - `entropy_inside`, `entropy_rim`: mean entropy (nats) in the predicted tumour, and outside it within 4 mm.
-    - `uncertain_share`: logarithm of 1 + volume of entropy above 0.35 nats over the tumour's volume.
-    - `log_volume_ml`: logarithm of 1 + the tumour's volume in ml; `core_share`, `enhancing_share`: parts of it.
-    - `log_components`: logarithm of 1 + components of at least 0.1 ml; `largest_share`: the largest one's part.
+    - `uncertain_share`: logarithm of 1 + volume of entropy above 0.35 nats over the tumour's volume plus 0.1 ml.
+    - `volume_ml` of the tumour, `components` of it with at least 0.1 ml, `largest_share`: the largest one's part.
 
     Args:
         probabilities: `(4, X, Y, Z)` on any grid: the working grid's are the cheapest.
@@ -133,30 +132,31 @@ def measure(probabilities: np.ndarray, affine: np.ndarray) -> dict[str, float]:
     Raises:
         InputError: these are no class probabilities.
     """
-    entropy = class_entropy(probabilities)
+    require_probabilities(probabilities, "quality")
     spacing = voxel_sizes(np.asarray(affine, dtype=np.float64))
     voxel_ml = float(np.prod(spacing)) / 1000
-    masks = region_masks(probabilities.argmax(axis=0))
-    ml = {region: float(np.count_nonzero(mask)) * voxel_ml for region, mask in masks.items()}
-    found = {f"confidence_{region}": _confidence(probabilities, masks[region], region, voxel_ml) for region in REGIONS}
+    mass_ml = [float(channel.sum(dtype=np.float64)) * voxel_ml for channel in probabilities]
+    # Beyond this box nothing is predicted, near a tumour or uncertain; only the sums above need the rest.
+    box = bounding_box(probabilities[0] < _SURE, margin=int(np.ceil(_RIM_MM / spacing.min())) + 1)
+    near = probabilities[(slice(None), *(box or (slice(1),) * 3))].astype(np.float32)
+    entropy = class_entropy(near)
+    masks = region_masks(near.argmax(axis=0))
+    found = {f"confidence_{region}": _confidence(near, mass_ml, masks[region], region, voxel_ml) for region in REGIONS}
     whole = masks["WT"]
+    whole_ml = float(np.count_nonzero(whole)) * voxel_ml
     found |= {"entropy_inside": 0.0, "entropy_rim": 0.0}
-    box = bounding_box(whole, margin=int(np.ceil(_RIM_MM / spacing.min())) + 1)
-    if box is not None:
-        inside = whole[box]
-        distance = ndimage.distance_transform_edt(~inside, sampling=spacing)
+    if whole.any():
+        distance = ndimage.distance_transform_edt(~whole, sampling=spacing)
         rim = (distance > 0) & (distance <= _RIM_MM)
-        found["entropy_inside"] = float(entropy[box][inside].mean())
-        found["entropy_rim"] = float(entropy[box][rim].mean()) if rim.any() else 0.0
+        found["entropy_inside"] = float(entropy[whole].mean())
+        found["entropy_rim"] = float(entropy[rim].mean()) if rim.any() else 0.0
     uncertain_ml = float(np.count_nonzero(entropy > _UNCERTAIN_NATS)) * voxel_ml
-    found["uncertain_share"] = float(np.log1p(uncertain_ml / (ml["WT"] + _SMOOTH_ML)))
-    found["log_volume_ml"] = float(np.log1p(ml["WT"]))
-    found["core_share"] = ml["TC"] / ml["WT"] if ml["WT"] else 0.0
-    found["enhancing_share"] = ml["ET"] / ml["WT"] if ml["WT"] else 0.0
-    sizes = _component_sizes(whole if box is None else whole[box]) * voxel_ml
-    found["log_components"] = float(np.log1p(np.count_nonzero(sizes >= _SMALLEST_ML)))
-    found["largest_share"] = float(sizes.max() / ml["WT"]) if len(sizes) else 0.0
-    return {name: found[name] for name in FEATURES}
+    found["uncertain_share"] = float(np.log1p(uncertain_ml / (whole_ml + _SMOOTH_ML)))
+    found["volume_ml"] = whole_ml
+    sizes = _component_sizes(whole) * voxel_ml
+    found["components"] = float(np.count_nonzero(sizes >= _SMALLEST_ML))
+    found["largest_share"] = float(sizes.max() / whole_ml) if len(sizes) else 0.0
+    return found
 
 
 def assess(
@@ -185,7 +185,7 @@ def assess(
     fitted = calibration or shipped_calibration()
     measures = measure(probabilities, affine)
     tumour = probabilities.argmax(axis=0) != 0
-    beside: dict[str, float] = {}
+    beside = {name: measures[name] for name in SHAPE}
     for name, values in (("outside_brain_share", brain), ("teacher_disagreement", disagreement)):
         if values is None:
             continue
@@ -196,11 +196,13 @@ def assess(
     if input_warnings is not None:
         beside["input_warnings"] = float(input_warnings)
     value = float(fitted.predict(np.array([[measures[name] for name in fitted.features]]))[0])
-    below, above = fitted.residuals
+    low, high = (min(max(value + residual, 0.0), 1.0) for residual in fitted.residuals)
+    if not tumour.any():  # right or wrong altogether, and no case of the calibration was like that
+        low, high = 0.0, 1.0
     return QualityScore(
         value=value,
-        low=min(value, max(0.0, value + below)),
-        high=max(value, min(1.0, value + above)),
+        low=min(value, low),
+        high=max(value, high),
         rests_on={name: measures[name] for name in fitted.features},
         beside=beside,
         calibrated_on=fitted.calibrated_on,
@@ -319,14 +321,15 @@ def _fit(table: np.ndarray, outcome: np.ndarray, penalty: float, features: Seque
     )
 
 
-def _confidence(probabilities: np.ndarray, mask: np.ndarray, region: str, voxel_ml: float) -> float:
-    """Soft Dice confidence of one region."""
-    shares = sum(probabilities[label].astype(np.float32) for label in REGION_CLASSES[region])
-    overlap = float(np.sum(shares, where=mask, dtype=np.float64)) * voxel_ml
-    total = float(np.sum(shares, dtype=np.float64) + np.count_nonzero(mask)) * voxel_ml
+def _confidence(near: np.ndarray, mass_ml: Sequence[float], mask: np.ndarray, region: str, voxel_ml: float) -> float:
+    """Soft Dice confidence of one region; `near` holds all of its mask, `mass_ml` the summed probability by class."""
+    members = REGION_CLASSES[region]
+    overlap = sum(float(np.sum(near[label], where=mask, dtype=np.float64)) for label in members) * voxel_ml
+    total = sum(mass_ml[label] for label in members) + float(np.count_nonzero(mask)) * voxel_ml
     return (2 * overlap + _SMOOTH_ML) / (total + _SMOOTH_ML)
 
 
 def _component_sizes(mask: np.ndarray) -> NDArray[np.float64]:
+    """Voxels of each 26-connected component."""
     labelled, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
     return np.bincount(labelled.ravel(), minlength=count + 1)[1:].astype(np.float64)

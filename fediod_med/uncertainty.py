@@ -32,7 +32,7 @@ def class_entropy(probabilities: np.ndarray) -> NDArray[np.float32]:
     Raises:
         InputError: wrong shape, values not finite, or not probabilities.
     """
-    flat = _checked(probabilities, "class entropy")
+    flat = require_probabilities(probabilities, "class entropy")
     entropy = np.empty(flat.shape[1], dtype=np.float32)
     for start in range(0, flat.shape[1], _BLOCK):
         entropy[start : start + _BLOCK] = _entropy(_block(flat, start)).numpy()
@@ -68,7 +68,7 @@ def teacher_disagreement(
         if share is not None and count > len(share):
             break
         weight = 1.0 if share is None else float(share[count - 1])
-        flat = _checked(prediction, "teacher disagreement")
+        flat = require_probabilities(prediction, "teacher disagreement")
         if mixture is None or members is None:
             shape = prediction.shape
             mixture, members = np.zeros(flat.shape, np.float32), np.zeros(flat.shape[1], np.float32)
@@ -90,8 +90,8 @@ def teacher_disagreement(
     return divergence.reshape(shape[1:])
 
 
-def _checked(probabilities: np.ndarray, task: str) -> np.ndarray:
-    """`(4, voxels)` view of a probability map; `InputError` when it is none."""
+def require_probabilities(probabilities: np.ndarray, task: str) -> np.ndarray:
+    """`(4, voxels)` view of class probabilities `(4, X, Y, Z)`; `InputError`, naming the task, when they are none."""
     if probabilities.ndim != 4 or len(probabilities) != len(CLASSES) or probabilities.dtype.kind != "f":
         raise InputError(
             f"{task}: expected class probabilities ({len(CLASSES)}, X, Y, Z) as floats, found {probabilities.dtype} of "
