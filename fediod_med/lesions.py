@@ -165,12 +165,12 @@ def planar_diameters(points: Points) -> tuple[float, float]:
     """
     corners = points[ConvexHull(points).vertices]  # counter-clockwise
     distances = cdist(corners, corners)
-    first, last = np.unravel_index(int(distances.argmax()), distances.shape)
+    first, last = divmod(int(distances.argmax()), len(corners))
     longest = float(distances[first, last])
     along = (corners[last] - corners[first]) / longest
     place = (corners - corners[first]) @ along
     height = (corners - corners[first]) @ np.array([-along[1], along[0]])
-    first, last = sorted((int(first), int(last)))
+    first, last = sorted((first, last))
     one = np.arange(first, last + 1)
     other = np.r_[last : len(corners), 0 : first + 1]
     chords = []
