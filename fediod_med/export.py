@@ -22,7 +22,7 @@ from fediod_med.checkpoints import Provenance, load_segmenter, save_weights, wri
 from fediod_med.errors import SettingsError, WeightsError
 from fediod_med.inference import privacy_banner, privacy_terms
 from fediod_med.labels import REGIONS
-from fediod_med.resources import NOT_FOR_CLINICAL_USE, bundle_dir
+from fediod_med.resources import NOT_FOR_CLINICAL_USE, bundle_dir, public_prior
 
 WEIGHTS = Path("models", "model.safetensors")
 _PACKAGES = ("fediod-med", "nibabel", "pytorch-ignite", "safetensors", "scipy")
@@ -127,6 +127,20 @@ def bundle_weights(root: Path) -> Path:
     if config.is_file() and _sha256(weights) not in config.read_text(encoding="utf-8"):
         raise WeightsError(f"{weights}: not the weights that {config} names; copy the bundle again")
     return weights
+
+
+def find_weights(model: Path | None) -> Path:
+    """The weights a `--model` names: a run folder, a bundle, a weights file, or nothing for the public prior."""
+    if model is None:
+        return public_prior()
+    if model.is_file():
+        return model
+    for root in (model / "bundle", model):
+        if (root / "configs" / "inference.yaml").is_file():
+            return bundle_weights(root)
+    if (model / WEIGHTS).is_file():
+        return model / WEIGHTS
+    raise SettingsError(f"--model {model}: expected a run folder, a bundle or a .safetensors file, found none of them")
 
 
 def _candidates() -> Iterator[Path]:

@@ -47,7 +47,7 @@ from fediod_med.distillation import (
 )
 from fediod_med.errors import SettingsError
 from fediod_med.evaluation import SubjectScore, evaluate_predictor, paired_difference, summarise, write_scores
-from fediod_med.export import bundle_weights, write_central_bundle
+from fediod_med.export import write_central_bundle
 from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.hospitals import announcement, copy_ledger, open_federation, open_hospital, privacy_record
 from fediod_med.inference import privacy_banner, segment_subject, write_case
@@ -61,7 +61,7 @@ from fediod_med.records import run_record, write_json
 from fediod_med.resources import NOT_FOR_CLINICAL_USE, public_prior
 from fediod_med.site_gate import open_gate
 from fediod_med.sites import Site, check_disjoint, load_sites
-from fediod_med.teacher import WEIGHTS, labelled, train_teacher, warm_start
+from fediod_med.teacher import labelled, train_teacher, warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -438,20 +438,6 @@ def run_prior(
 
 def _report(progress: Progress, stage: str, done: int, total: int) -> None:
     progress(stage, done, total, "")
-
-
-def find_weights(model: Path | None) -> Path:
-    """The weights a `--model` names: a run folder, a bundle, a weights file, or nothing for the public prior."""
-    if model is None:
-        return public_prior()
-    if model.is_file():
-        return model
-    for root in (model / "bundle", model):
-        if (root / "configs" / "inference.yaml").is_file():
-            return bundle_weights(root)
-    if (model / WEIGHTS).is_file():
-        return model / WEIGHTS
-    raise SettingsError(f"--model {model}: expected a run folder, a bundle or a .safetensors file, found none of them")
 
 
 class _Clock:

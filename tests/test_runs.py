@@ -14,7 +14,8 @@ from fediod_med.checkpoints import load_weights, read_provenance
 from fediod_med.data.phantoms import Grid, hospital_profiles, write_cohort
 from fediod_med.distillation import Schedule
 from fediod_med.errors import SettingsError
-from fediod_med.runs import find_weights, run_distillation
+from fediod_med.export import find_weights
+from fediod_med.runs import run_distillation
 from fediod_med.sites import Site, load_sites
 
 TINY = Schedule(rounds=2, student_steps=1, checkpoint_every=1)

@@ -33,10 +33,10 @@ def segment(
     """Segment one scan or a folder of scans; the label map lies exactly on the scan's own grid."""
     from fediod_med.checkpoints import load_segmenter
     from fediod_med.devices import pick_device
+    from fediod_med.export import find_weights
     from fediod_med.inference import privacy_banner, segment_subject, write_case
     from fediod_med.labels import get_scheme
     from fediod_med.reporting import preview as write_preview
-    from fediod_med.runs import find_weights
 
     subjects = _subjects(scan, {"T1c": t1c, "T1": t1, "T2": t2, "FLAIR": flair})
     compute_on = pick_device(device)
