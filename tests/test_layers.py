@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fediod_med"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    # whole-run procedures: the demo, the folder of a distillation run, many scans segmented; and what reviewers see of it
+    # whole-run procedures: the demo, the folder of a distillation run, many scans segmented, and their review
     ("runs", "cohort", "review"),
     ("case_report",),
     ("reporting", "audit_figures", "export"),
