@@ -38,7 +38,7 @@ from fediod_med.resources import public_prior
 from fediod_med.runs import STUDENT
 
 Patient = tuple[Tensor, Tensor]
-SPACING, ROI, HELD_OUT = 4.0, 48, 24
+SPACING, ROI, HELD_OUT, PUBLIC = 4.0, 48, 24, 240
 DELTA, TEACHER_SHARE = 1e-5, 0.8
 STEPS, REHEARSAL = 60, 0.5
 RESULTS = ("noise_multiplier", "dice", "seconds")
@@ -182,7 +182,7 @@ def main() -> None:
     }
     done = [{key: value for key, value in row.items() if key not in RESULTS} for row in rows]
     for seed in given.seeds:
-        public = PublicSampler(spacing=SPACING, roi=ROI, count=60, seed=900 + seed)
+        public = PublicSampler(spacing=SPACING, roi=ROI, count=PUBLIC, seed=900 + seed)
         pool = PublicSampler(
             spacing=SPACING, roi=ROI, count=HELD_OUT + max(given.patients), seed=500 + seed, profile=profile
         )
