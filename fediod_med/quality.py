@@ -11,6 +11,7 @@ A model that is wrong and sure of it deceives every score of this kind, this one
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
 from fediod_med.errors import InputError, SettingsError
@@ -299,12 +301,18 @@ def calibration_json(fitted: Calibration) -> str:
 
 
 def _fit(table: np.ndarray, outcome: np.ndarray, penalty: float, features: Sequence[str]) -> Calibration:
-    """Ridge regression on scaled measures; the intercept is not penalised (Hoerl & Kennard 1970)."""
+    """Ridge regression on scaled measures (Hoerl & Kennard 1970); the intercept is not penalised.
+
+    Confidence may only raise the value and entropy only lower it: measures that tell nearly the same must not cancel
+    each other with opposite signs.
+    """
     mean, scale = table.mean(axis=0), table.std(axis=0)
     scale = np.where(scale > 1e-9, scale, 1.0)
     scaled = (table - mean) / scale
-    gram = scaled.T @ scaled + penalty * np.eye(table.shape[1])
-    weights = np.linalg.solve(gram, scaled.T @ (outcome - outcome.mean()))
+    signs = np.array([1.0 if name.startswith("confidence") else -1.0 for name in features])
+    # The penalty as further rows turns the ridge into plain least squares with non-negative weights.
+    rows = np.vstack([scaled * signs, math.sqrt(penalty) * np.eye(len(signs))])
+    weights = signs * nnls(rows, np.concatenate([outcome - outcome.mean(), np.zeros(len(signs))]))[0]
     return Calibration(
         features=tuple(features),
         low=tuple(table.min(axis=0).tolist()),
