@@ -67,7 +67,23 @@ class Finding(BaseModel):
 
 
 CATALOGUE: Mapping[str, Code] = {
-    code.code: code for code in (Code("E101", "truncated or damaged file", "copy the file again from its source"),)
+    code.code: code
+    for code in (
+        Code("E101", "truncated or damaged file", "copy the file again from its source"),
+        Code(
+            "E152",
+            "sequences could not be registered to each other",
+            "check that all four files are of one head and one session, register them with another tool, or leave "
+            "co-registration out if they already match",
+        ),
+        Code("W153", "registration moved a sequence far", "look at the preview before using the result"),
+        Code(
+            "W154",
+            "a sequence covers only part of the head",
+            "do not trust the result outside its field of view, or give a scan of the whole head",
+        ),
+        Code("N155", "what registration did", "nothing to do"),
+    )
 }
 
 

@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("federation.critic", "federation.critic_state", "site_gate"),
     ("quality",),
     ("inference", "sites", "checks", "dicom", "data.sampler", "coregister", "preprocess"),
-    ("data.transforms", "data.phantoms", "data.itk_formats", "sliding", "records"),
+    ("data.transforms", "data.phantoms", "data.itk_formats", "rigid", "sliding", "records"),
     ("data.nifti", "data.partitions", "checkpoints", "ensemble", "lesions", "lesionwise", "uncertainty"),
     ("data.layouts", "networks", "losses", "metrics", "devices", "privacy"),
     ("findings",),
