@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.inferers import Inferer, SlidingWindowInferer
+from monai.inferers import Inferer
 from monai.transforms import Transform
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import aff2axcodes
@@ -23,13 +24,13 @@ from torch import Tensor, nn
 
 from fediod_med.checkpoints import Provenance, write_atomically
 from fediod_med.data.layouts import Subject, find_cases
-from fediod_med.data.nifti import read_subject, write_segmentation
+from fediod_med.data.nifti import Volume, read_subject, write_segmentation
 from fediod_med.data.transforms import normalise, to_native, to_working_grid
 from fediod_med.devices import autocast
-from fediod_med.errors import SettingsError
 from fediod_med.labels import CLASSES, LabelScheme, get_scheme, region_masks
 from fediod_med.metrics import bounding_box
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
+from fediod_med.sliding import SlidingInferer, Window, sliding_logits, with_less_memory
 
 DEFAULT_ROI = 64
 DEFAULT_OVERLAP = 0.25
@@ -68,6 +69,8 @@ class Segmentation:
         seconds: wall time of reading, inference and resampling.
         image: `(4, X, Y, Z)` float32, the scan as read, for previews.
         probabilities: `(4, X, Y, Z)` float32 class probabilities, when asked for.
+        working: `(4, x, y, z)` float32 class probabilities on the working grid, with its affine.
+        notes: what happened on the way, such as smaller windows after a lack of memory.
     """
 
     subject_id: str
@@ -78,19 +81,17 @@ class Segmentation:
     seconds: float
     image: np.ndarray | None = None
     probabilities: np.ndarray | None = None
+    working: MetaTensor | None = None
+    notes: tuple[str, ...] = ()
 
 
-def sliding_window(roi: int = DEFAULT_ROI, overlap: float = DEFAULT_OVERLAP) -> AutocastInferer:
-    """MONAI's sliding window over cubes of edge `roi` (voxels) with Gaussian blending, under autocast.
-
-    An image smaller than the window is padded with zeros (the background of a normalised scan) and cropped again.
+def sliding_window(roi: int = DEFAULT_ROI, overlap: float = DEFAULT_OVERLAP) -> SlidingInferer:
+    """Cubes of edge `roi` (voxels) with Gaussian blending, under autocast, for bundles; see `sliding.sliding_logits`.
 
     Raises:
         SettingsError: `roi` below 8, or `overlap` outside [0, 1).
     """
-    if roi < 8 or not 0 <= overlap < 1:
-        raise SettingsError(f"sliding window: expected roi >= 8 and 0 <= overlap < 1, found {roi} and {overlap}")
-    return AutocastInferer(SlidingWindowInferer(roi_size=(roi,) * 3, sw_batch_size=1, overlap=overlap, mode="gaussian"))
+    return SlidingInferer(Window(roi, overlap))
 
 
 def default_roi(provenance: Provenance) -> int:
@@ -100,28 +101,40 @@ def default_roi(provenance: Provenance) -> int:
 
 
 def predict_probabilities(
-    network: Callable[[Tensor], Tensor],
+    network: nn.Module,
     image: MetaTensor,
     *,
     roi: int = DEFAULT_ROI,
     overlap: float = DEFAULT_OVERLAP,
     device: torch.device,
 ) -> MetaTensor:
-    """Class probabilities of one preprocessed scan.
+    """Class probabilities of one preprocessed scan; `probabilities_in_memory` without the record of retreats."""
+    return probabilities_in_memory(network, image, window=Window(roi, overlap), device=device)[0]
+
+
+def probabilities_in_memory(
+    network: nn.Module, image: MetaTensor, *, window: Window, device: torch.device
+) -> tuple[MetaTensor, tuple[str, ...]]:
+    """Class probabilities of one preprocessed scan, with smaller windows or on the CPU where memory runs out.
 
     Args:
-        network: `(1, 4, d, h, w)` to logits `(1, 4, d, h, w)`; in evaluation mode, on `device`.
+        network: `(B, 4, d, h, w)` to logits `(B, 4, d, h, w)`; in evaluation mode, on `device`.
         image: `(4, x, y, z)` on the working grid, z-scored.
-        roi: window edge in voxels.
-        overlap: share of a window covered by its neighbour.
+        window: how to cut.
         device: where the network runs.
 
     Returns:
-        `(4, x, y, z)` float32 softmax over background, NCR, ED, ET, on the CPU, with the affine of `image`.
+        `(4, x, y, z)` float32 softmax over background, NCR, ED, ET, on the CPU, with the affine of `image`; and one
+        sentence per retreat.
     """
-    with torch.inference_mode():
-        logits = sliding_window(roi, overlap)(image.as_tensor()[None].to(device), network)
-        return _softmax(MetaTensor(logits[0], affine=image.affine))
+
+    def run(smaller: Window, where: torch.device) -> Tensor:
+        runner = network if where == device else copy.deepcopy(network).to(where)
+        with torch.inference_mode():
+            return torch.softmax(sliding_logits(image, runner, smaller, device=where), dim=0).cpu()
+
+    probabilities, notes = with_less_memory(run, window, device)
+    return MetaTensor(probabilities, affine=image.affine), notes
 
 
 def native_classes(probs: MetaTensor, *, affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -181,38 +194,73 @@ def segment_subject(
     overlap: float = DEFAULT_OVERLAP,
     keep_probabilities: bool = False,
 ) -> Segmentation:
-    """Segment one scan, from files to a label map on its own grid; nothing is written.
-
-    Args:
-        subject: the four sequences on disk.
-        network: logits of four classes; moved to `device` and set to evaluation mode.
-        provenance: of the network's weights; gives the working grid and the window.
-        device: where the network runs.
-        roi: window edge in voxels; `default_roi(provenance)` when omitted.
-        overlap: share of a window covered by its neighbour.
-        keep_probabilities: also return the class probabilities on the native grid.
+    """Read and segment one scan; nothing is written. Arguments as for `segment_volume`.
 
     Raises:
         InputError: a file cannot be read, or (`GeometryError`) the sequences do not share one grid.
     """
     began = time.perf_counter()
     volume = read_subject(subject)
-    shape = volume.array.shape[1:]
-    image = MetaTensor(torch.from_numpy(volume.array), affine=torch.from_numpy(volume.affine))
-    working, _ = to_working_grid(image, spacing=provenance.spacing)
-    probs = predict_probabilities(
-        network.to(device).eval(),
-        normalise(working),
-        roi=default_roi(provenance) if roi is None else roi,
-        overlap=overlap,
+    reading = time.perf_counter() - began
+    found = segment_volume(
+        volume,
+        network,
+        provenance,
+        subject_id=subject.subject_id,
         device=device,
+        roi=roi,
+        overlap=overlap,
+        keep_probabilities=keep_probabilities,
     )
+    return replace(found, seconds=reading + found.seconds)
+
+
+def segment_volume(
+    volume: Volume,
+    network: nn.Module,
+    provenance: Provenance,
+    *,
+    subject_id: str,
+    device: torch.device,
+    roi: int | None = None,
+    overlap: float = DEFAULT_OVERLAP,
+    batch: int = 1,
+    fast: bool = False,
+    keep_probabilities: bool = False,
+) -> Segmentation:
+    """Segment a scan that is in memory already.
+
+    Args:
+        volume: the four sequences on one grid; zero outside the brain.
+        network: logits of four classes; moved to `device` and set to evaluation mode.
+        provenance: of the network's weights; gives the working grid and the window.
+        subject_id: of the result.
+        device: where the network runs.
+        roi: window edge in voxels; `default_roi(provenance)` when omitted.
+        overlap: share of a window covered by its neighbour.
+        batch: windows in one pass.
+        fast: on a coarser working grid, `coarser_grid(provenance)`.
+        keep_probabilities: also return the class probabilities on the native grid.
+
+    Raises:
+        InputError: zeros only.
+        SettingsError: `roi`, `overlap` or `batch` out of range.
+    """
+    began = time.perf_counter()
+    shape = volume.array.shape[1:]
+    spacing, edge = coarser_grid(provenance) if fast else (provenance.spacing, default_roi(provenance))
+    window = Window(edge if roi is None else roi, overlap, batch)
+    image = MetaTensor(torch.from_numpy(volume.array), affine=torch.from_numpy(volume.affine))
+    working = normalise(to_working_grid(image, spacing=spacing)[0])
+    probs, notes = probabilities_in_memory(network.to(device).eval(), working, window=window, device=device)
+    if fast:
+        notes = (f"fast: working grid of {spacing:g} mm instead of {provenance.spacing:g} mm", *notes)
     classes = native_classes(probs, affine=volume.affine, shape=shape)
     kept = to_native(probs, affine=volume.affine, shape=shape).numpy() if keep_probabilities else None
     seconds = time.perf_counter() - began
-    logger.info("%s: segmented in %.1f s on %s", subject.subject_id, seconds, device)
+    logger.info("%s: segmented in %.1f s on %s", subject_id, seconds, device)
     return Segmentation(
-        subject_id=subject.subject_id,
+        subject_id=subject_id,
         classes=classes,
         volumes_ml=volumes_ml(classes, volume.affine),
         affine=volume.affine,
@@ -220,7 +268,16 @@ def segment_subject(
         seconds=seconds,
         image=volume.array,
         probabilities=kept,
+        working=probs,
+        notes=notes,
     )
+
+
+def coarser_grid(provenance: Provenance) -> tuple[float, int]:
+    """Spacing (mm) and window edge of `--fast`: the next coarser grid the model was trained on, else 1.5 x its own."""
+    grids = [(float(spacing), int(roi)) for spacing, roi in provenance.settings.get("grids", ())]
+    coarser = sorted(grid for grid in grids if grid[0] > provenance.spacing)
+    return coarser[0] if coarser else (1.5 * provenance.spacing, default_roi(provenance))
 
 
 def write_case(
