@@ -142,7 +142,8 @@ def native_classes(probs: MetaTensor, *, affine: np.ndarray, shape: Sequence[int
 
     Only the part of the native grid that tumour can reach is resampled, with the same result: a voxel leaves the
     background only if its background probability is at most 1/2, and a linear interpolation cannot fall to 1/2 unless
-    one of its eight neighbours does.
+    one of its eight neighbours does. Where the two grids differ by turns of the axes and whole voxels alone (a 1 mm
+    scan on a 1 mm working grid), nothing is interpolated at all.
 
     Args:
         probs: `(4, x, y, z)` on the working grid, with its affine.
@@ -153,6 +154,10 @@ def native_classes(probs: MetaTensor, *, affine: np.ndarray, shape: Sequence[int
         `(X, Y, Z)` uint8 classes.
     """
     classes = np.zeros(tuple(shape), dtype=np.uint8)
+    turned = _turned_only(np.asarray(probs.affine, dtype=np.float64), np.asarray(affine, dtype=np.float64))
+    if turned is not None:
+        _place(probs.as_tensor().argmax(dim=0).to(torch.uint8).numpy(), *turned, into=classes)
+        return classes
     near = bounding_box(probs[0].numpy() <= 0.5 + 1e-4, margin=1)
     if near is None:
         return classes
@@ -385,6 +390,36 @@ class WriteSegmentationd(Transform):
         )
         paths = write_case(case, self.output_dir, scheme=self.scheme, provenance=self.provenance)
         return {**data, "written": str(paths["segmentation"])}
+
+
+def _turned_only(working: np.ndarray, native: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The map from working to native voxels as a signed permutation `(3, 3)` and whole offsets, or `None` if it is not.
+
+    A deviation of 0.001 voxels over the grid counts as rounding of the headers.
+    """
+    move = np.linalg.inv(native) @ working
+    turn, offset = np.rint(move[:3, :3]), np.rint(move[:3, 3])
+    if np.abs(move[:3, :3] - turn).max() > 1e-5 or np.abs(move[:3, 3] - offset).max() > 1e-3:
+        return None
+    if not (np.abs(turn).sum(axis=0) == 1).all() or not (np.abs(turn).sum(axis=1) == 1).all():
+        return None
+    return turn.astype(int), offset.astype(int)
+
+
+def _place(values: np.ndarray, turn: np.ndarray, offset: np.ndarray, *, into: np.ndarray) -> None:
+    """Copy `values` into an array whose voxel `turn @ v + offset` is its voxel `v`; what falls outside is left out."""
+    order = np.abs(turn).argmax(axis=1)  # axis of `values` that runs along each axis of `into`
+    moved = values.transpose(order)
+    source, target = [], []
+    for axis, along in enumerate(order):
+        sign, length = turn[axis, along], moved.shape[axis]
+        first = offset[axis] if sign > 0 else offset[axis] - (length - 1)
+        if sign < 0:
+            moved = np.flip(moved, axis)
+        start, stop = max(first, 0), min(first + length, into.shape[axis])
+        source.append(slice(start - first, max(stop - first, start - first)))
+        target.append(slice(start, max(stop, start)))
+    into[tuple(target)] = moved[tuple(source)]
 
 
 def _softmax(logits: MetaTensor) -> MetaTensor:

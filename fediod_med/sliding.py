@@ -164,7 +164,7 @@ def _attempts(window: Window, device: torch.device, step: int) -> Iterator[tuple
     if window.batch > 1:
         yield replace(window, batch=1), device
     smaller = replace(window, batch=1)
-    while (half := max(step, smaller.roi // 2 // step * step)) >= _SMALLEST_WINDOW and half < smaller.roi:
+    while (half := max(_SMALLEST_WINDOW, smaller.roi // 2 // step * step)) < smaller.roi:
         smaller = replace(smaller, roi=half)
         yield smaller, device
     if device.type != "cpu":

@@ -252,3 +252,32 @@ def test_real_scans_keep_their_grid_in_every_orientation(
         for paths in (source.images, images)
     ]
     assert results[1].volumes_ml == pytest.approx(results[0].volumes_ml, rel=1e-3)
+
+
+TURNS = [
+    np.diag([1.0, 1, 1, 1]),
+    np.diag([-1.0, 1, -1, 1]),
+    np.eye(4)[[1, 2, 0, 3]],
+    np.eye(4)[[2, 0, 1, 3]] @ np.diag([1.0, -1, 1, 1]),
+]
+
+
+@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("offset", [(0, 0, 0), (3, -2, 1), (-4, 5, 0)])
+def test_a_turned_grid_gives_what_interpolation_gives_at_its_voxels(turn, offset):
+    generator = np.random.default_rng(5)
+    probs = generator.dirichlet([0.5] * 4, size=(7, 8, 9)).astype(np.float32).transpose(3, 0, 1, 2)
+    working = np.diag([1.0, 1.0, 1.0, 1.0])
+    working[:3, 3] = (-10, 4, 2)
+    native = working @ turn
+    native[:3, 3] = (working @ [*offset, 1])[:3] + native[:3, :3].clip(max=0).sum(axis=1) * -6
+    image = MetaTensor(torch.from_numpy(probs), affine=torch.from_numpy(working))
+    found = native_classes(image, affine=native, shape=(8, 7, 9))
+    by_hand = np.zeros((8, 7, 9), np.uint8)
+    inverse = np.linalg.inv(working) @ native
+    for index in np.ndindex(8, 7, 9):
+        at = np.rint(inverse @ [*index, 1])[:3].astype(int)
+        if (at >= 0).all() and (at < (7, 8, 9)).all():
+            by_hand[index] = probs[:, at[0], at[1], at[2]].argmax()
+    assert by_hand.any()
+    assert np.array_equal(found, by_hand)

@@ -7,6 +7,8 @@ dictionary transforms over them, so bundles can name them.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -235,8 +237,11 @@ def _resample(image: MetaTensor, spacing: float) -> MetaTensor:
     sigmas = [float(np.sqrt(max(factor**2 - 1, 0) / 12)) for factor in factors]
     smooth = image.as_tensor()
     if any(sigmas):
-        channels = [ndimage.gaussian_filter(c, sigmas, mode="nearest", truncate=3.0) for c in smooth.numpy()]
-        smooth = torch.as_tensor(np.stack(channels))
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # scipy's filters let other threads run
+            channels = threads.map(
+                partial(ndimage.gaussian_filter, sigma=sigmas, mode="nearest", truncate=3.0), smooth.numpy()
+            )
+            smooth = torch.as_tensor(np.stack(list(channels)))
     resample = Spacing(
         pixdim=[spacing] * 3, mode="bilinear", padding_mode="border", align_corners=False, dtype=np.float32
     )
