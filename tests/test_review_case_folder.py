@@ -72,7 +72,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def cases(tree: Path, **options: object) -> CaseFolder:
-    return read_cases(tree / "out", Roots([tree]), **options)  # type: ignore[arg-type]
+    return read_cases(tree / "out", Roots([tree]), **options)
 
 
 def test_a_recorded_case_has_its_scan_findings_and_quality(tree: Path) -> None:

@@ -16,7 +16,7 @@ from fediod_med.privacy.keys import ledger_key
 from fediod_med.privacy.mechanisms import Mechanism
 from fediod_med.privacy.policy import PrivacyPolicy, count_part, training_part, universe_id
 from fediod_med.review.audit_table import audit_rows, audit_words
-from fediod_med.review.ledger_timeline import ledger_timeline, verified
+from fediod_med.review.ledger_timeline import SiteVerification, ledger_timeline, verified
 from fediod_med.review.run_folder import differences_by_case, read_run
 
 PRIVATE = {"mode": "dp-sgd", "epsilon": 7.9994, "delta": 1e-5, "budget": 8.0, "patients": 24, "statement": "so it is"}
@@ -218,13 +218,16 @@ def test_a_changed_record_ends_the_timeline_with_a_reason(ledger: Path) -> None:
     assert "without a privacy promise" in ledger_timeline(ledger, "south").problem
 
 
+def only(found: tuple[SiteVerification, ...] | str) -> SiteVerification:
+    assert not isinstance(found, str) and len(found) == 1
+    return found[0]
+
+
 def test_verification_holds_until_something_is_changed(ledger: Path) -> None:
-    (found,) = verified(ledger)
-    assert not isinstance(found, str)
+    found = only(verified(ledger))
     assert found.ok and found.site == "north" and found.statement.startswith("(epsilon =")
     (ledger / "privacy" / "north" / "ledger.jsonl").unlink()
-    (found,) = verified(ledger)
-    assert not isinstance(found, str)
+    found = only(verified(ledger))
     assert not found.ok and found.statement.startswith("NOT VERIFIED")
     (ledger / "summary.json").unlink()
     assert isinstance(verified(ledger), str)

@@ -21,6 +21,7 @@ from fediod_med.review.overlays import (
     difference_map,
     difference_overlay,
     region_overlay,
+    vote_entropy,
 )
 from fediod_med.review.slices import PLANES, View, place, slice_picture, tri_planar
 from fediod_med.review.volumes import LoadedVolume, VolumeCache, focus_mm, image_channels, load_image
@@ -218,6 +219,31 @@ def test_a_difference_overlay_shows_differences_only_unless_asked() -> None:
         difference_overlay(one, LoadedVolume(np.zeros((4, 4, 5), np.uint8), np.eye(4)))
 
 
+def test_votes_disagree_by_their_entropy() -> None:
+    answers = [[1, 1, 0, 0], [1, 2, 0, 3], [1, 3, 0, 3]]
+    maps = [LoadedVolume(np.array(a, np.uint8).reshape(4, 1, 1), np.eye(4)) for a in answers]
+    found = vote_entropy(maps)
+    third = np.log(3)
+    expected = [0, third, 0, third - 2 / 3 * np.log(2)]
+    assert np.allclose(found.array.ravel(), expected, atol=1e-6)
+    assert found.window == pytest.approx((0.0, third))
+    with pytest.raises(SettingsError, match="two or more"):
+        vote_entropy(maps[:1])
+    with pytest.raises(GeometryError):
+        vote_entropy([maps[0], LoadedVolume(np.zeros((4, 1, 2), np.uint8), np.eye(4))])
+
+
+def test_nrrd_is_shown_as_the_same_nifti(tmp_path: Path) -> None:
+    import SimpleITK
+
+    array, affine = phantom()
+    array = array + np.random.default_rng(0).random(array.shape, dtype=np.float32)
+    nib.save(nib.Nifti1Image(array, affine), tmp_path / "a.nii")
+    SimpleITK.WriteImage(SimpleITK.ReadImage(str(tmp_path / "a.nii")), str(tmp_path / "a.nrrd"))
+    nifti, nrrd = load_image(tmp_path / "a.nii"), load_image(tmp_path / "a.nrrd")
+    assert np.allclose(nifti.array, nrrd.array) and np.allclose(nifti.affine, nrrd.affine, atol=1e-5)
+
+
 def test_the_palette_is_that_of_the_reports_and_its_colours_differ() -> None:
     from fediod_med.reporting import CLASS_COLOURS
 
@@ -265,9 +291,9 @@ def test_every_picture_says_what_it_is_and_that_it_is_for_research() -> None:
 def test_views_that_make_no_sense_are_refused() -> None:
     for options in ({"opacity": 1.5}, {"pixels": 1}, {"window": (1.0, 1.0)}, {"style": "dots"}):
         with pytest.raises(SettingsError):
-            View(**options)  # type: ignore[arg-type]
+            View(**options)
     with pytest.raises(SettingsError, match="plane"):
-        slice_picture(volume(*phantom()), "top", (0, 0, 0))  # type: ignore[arg-type]
+        slice_picture(volume(*phantom()), "top", (0, 0, 0))
 
 
 def test_the_default_window_ignores_the_background_and_outliers(tmp_path: Path) -> None:

@@ -212,6 +212,27 @@ def test_three_processes_lose_nothing_and_double_nothing(tmp_path: Path) -> None
         assert current.seconds >= 50
 
 
+def rate_for_ever(path: str, pipe) -> None:
+    store = ReviewStore(Path(path))
+    while True:
+        pipe.send(store.submit(review(seconds=1)).event_id)
+
+
+def test_what_was_answered_survives_a_kill(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    path = tmp_path / "reviews.sqlite"
+    worker = context.Process(target=rate_for_ever, args=(str(path), theirs))
+    worker.start()
+    answered = [ours.recv() for _ in range(8)]
+    worker.kill()
+    worker.join(60)
+    store = ReviewStore(path)
+    assert {event.event_id for event in store.events()} >= set(answered)
+    assert store.verify().ok
+    assert store.submit(review(verdict="minor")).supersedes == store.events()[-2].event_id
+
+
 def test_threads_that_send_one_submission_make_one_event(store: ReviewStore) -> None:
     once = review(submission="one-press")
     found = []

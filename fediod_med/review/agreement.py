@@ -151,13 +151,12 @@ def krippendorff_alpha(ratings: np.ndarray, *, level: Level = "ordinal") -> floa
     if values.ndim != 2:
         raise InputError(f"alpha: expected a matrix (reviewers, items), found shape {values.shape}")
     ranks = np.unique(values[~np.isnan(values)])
-    coincidences = np.zeros((len(ranks), len(ranks)))
-    for column in values.T:
-        given = np.searchsorted(ranks, column[~np.isnan(column)])
-        if len(given) < 2:
-            continue
-        counts = np.bincount(given, minlength=len(ranks)).astype(float)
-        coincidences += (np.outer(counts, counts) - np.diag(counts)) / (len(given) - 1)
+    if not ranks.size:
+        return math.nan
+    counts = np.stack([(values == rank).sum(axis=0) for rank in ranks], axis=1).astype(float)
+    counts = counts[counts.sum(axis=1) >= 2]
+    weighted = counts / (counts.sum(axis=1, keepdims=True) - 1)
+    coincidences = weighted.T @ counts - np.diag(weighted.sum(axis=0))
     totals = coincidences.sum(axis=0)
     paired = totals.sum()
     if not paired:

@@ -126,21 +126,21 @@ class Event:
     reviewer: str
     run: str
     case: str
-    arm: str
-    mask_sha256: str
-    image_sha256: str
-    verdict: str
-    rating_tc: int | None
-    rating_wt: int | None
-    rating_et: int | None
-    comment: str
-    tags: tuple[str, ...]
-    seconds: float
-    supersedes: str
-    detail: Mapping[str, Any]
-    version: str
-    origin: str
-    previous: str
+    arm: str = ""
+    mask_sha256: str = ""
+    image_sha256: str = ""
+    verdict: str = ""
+    rating_tc: int | None = None
+    rating_wt: int | None = None
+    rating_et: int | None = None
+    comment: str = ""
+    tags: tuple[str, ...] = ()
+    seconds: float = 0.0
+    supersedes: str = ""
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    version: str = ""
+    origin: str = ""
+    previous: str = ""
     hash: str = ""
 
     @property
@@ -165,8 +165,11 @@ class Event:
 
     def same_content(self, other: Event) -> bool:
         """Whether two events tell the same, wherever they stand in whichever store."""
-        place = {"sequence": 0, "previous": "", "hash": "", "origin": ""}
-        return replace(self, **place) == replace(other, **place)
+
+        def told(event: Event) -> Event:
+            return replace(event, sequence=0, previous="", hash="", origin="")
+
+        return told(self) == told(other)
 
 
 COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(Event))

@@ -6,6 +6,7 @@ figures and reports.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -132,6 +133,35 @@ def difference_map(first: np.ndarray, second: np.ndarray, *, members: Sequence[i
     if members is None:
         found[one & two & (first != second)] = OTHER_CLASS
     return found
+
+
+def vote_entropy(maps: Sequence[LoadedVolume], *, name: str = "disagreement") -> LoadedVolume:
+    """How far several label maps disagree: entropy of their votes at each voxel, in nats, as an image to draw.
+
+    Args:
+        maps: two or more class maps on one grid, such as the answers of the hospitals' teachers.
+        name: for captions.
+
+    Returns:
+        float32 from 0 (all alike) to `ln 4`; its window spans 0 to the largest entropy that so many maps can reach.
+
+    Raises:
+        SettingsError: fewer than two maps.
+        GeometryError: the grids differ.
+    """
+    if len(maps) < 2:
+        raise SettingsError(f"disagreement: expected two or more label maps, found {len(maps)}")
+    for other in maps[1:]:
+        require_same_grid(maps[0], other)
+    entropy = np.zeros(maps[0].shape, dtype=np.float32)
+    for label in range(len(CLASSES)):
+        votes = np.zeros(maps[0].shape, dtype=np.uint8)
+        for one in maps:
+            votes += one.array == label
+        # x ln x by number of votes; none and all give zero
+        shares = np.arange(len(maps) + 1) / len(maps)
+        entropy += np.array([-s * math.log(s) if s else 0.0 for s in shares], dtype=np.float32)[votes]
+    return LoadedVolume(entropy, maps[0].affine, (0.0, math.log(min(len(maps), len(CLASSES)))), name)
 
 
 def _difference_name(name: str, first: LoadedVolume, second: LoadedVolume) -> str:

@@ -89,10 +89,12 @@ def review_queue(
         run: run or folder of the cases.
         arms: that must all be rated for a case to be done; `ARMS` in a blinded comparison.
     """
-    current = [event for event in current_of(events) if event.run == run]
+    by_case: dict[str, list[Event]] = {}
+    for event in current_of(event for event in events if event.run == run):
+        by_case.setdefault(event.case, []).append(event)
     items = []
     for case in cases:
-        of_case = [event for event in current if event.case == case.case_id]
+        of_case = by_case.get(case.case_id, [])
         rated = {event.arm for event in of_case if event.reviewer == reviewer}
         others = {event.reviewer for event in of_case if event.reviewer != reviewer}
         done = all(arm in rated for arm in arms)

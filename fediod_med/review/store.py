@@ -114,8 +114,7 @@ class ReviewStore:
             SettingsError: the submission key belongs to other content.
             InputError: the store cannot be written.
         """
-        ratings = {f"rating_{region.lower()}": rating for region, rating in review.ratings.items()}
-        draft = self._draft(
+        draft = _draft(
             "review", review.reviewer, review.run, review.case, review.submission, plain_detail(review.detail)
         )
         draft = replace(
@@ -127,7 +126,9 @@ class ReviewStore:
             seconds=round(float(review.seconds), 3),
             mask_sha256=review.mask_sha256,
             image_sha256=review.image_sha256,
-            **ratings,
+            rating_tc=review.ratings.get("TC"),
+            rating_wt=review.ratings.get("WT"),
+            rating_et=review.ratings.get("ET"),
         )
 
         def prepare(connection: sqlite3.Connection) -> Event:
@@ -157,7 +158,7 @@ class ReviewStore:
         if kind not in ("assignment", "reveal"):
             raise SettingsError(f"review event: expected assignment or reveal, found {kind!r}")
         check_who_and_what(reviewer, run, case, "", submission)
-        draft = self._draft(kind, reviewer, run, case, submission, plain_detail(detail))
+        draft = _draft(kind, reviewer, run, case, submission, plain_detail(detail))
         return self._append(submission, lambda _: draft)[0]
 
     def take_in(self, events: Iterable[Event]) -> int:
@@ -239,26 +240,6 @@ class ReviewStore:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _draft(
-        self, kind: str, reviewer: str, run: str, case: str, submission: str, detail: Mapping[str, Any]
-    ) -> Event:
-        return Event(
-            sequence=0,
-            seconds=0.0,
-            **dict.fromkeys(("arm", "mask_sha256", "image_sha256", "verdict", "comment"), ""),
-            **dict.fromkeys(("rating_tc", "rating_wt", "rating_et")),
-            **dict.fromkeys(("time", "supersedes", "origin", "previous"), ""),
-            event_id=str(uuid.uuid4()),
-            submission=submission,
-            kind=kind,
-            reviewer=reviewer,
-            run=run,
-            case=case,
-            tags=(),
-            detail=detail,
-            version=__version__,
-        )
-
     def _append(self, submission: str, prepare: Callable[[sqlite3.Connection], Event]) -> tuple[Event, bool]:
         """Append what `prepare` makes inside the transaction; or the event that the key made before, and false."""
         with self._connected() as connection, _writing(connection):
@@ -280,9 +261,13 @@ class ReviewStore:
             raise InputError(f"{self.path}: expected a store of reviews, could not use it ({error})") from error
 
     def _begin(self, connection: sqlite3.Connection) -> None:
+        connection.execute("BEGIN")  # one view of both, while another process may be beginning the same store
         found = int(connection.execute("PRAGMA application_id").fetchone()[0])
         tables = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-        if found != _APPLICATION_ID and (found or tables):
+        connection.execute("COMMIT")
+        if found == _APPLICATION_ID:
+            return
+        if found or tables:
             raise InputError(f"{self.path}: expected a store of reviews, found another database; choose another file")
         # Changing the journal's mode does not wait for others as writing does.
         patience = time.monotonic() + self._busy_s
@@ -297,9 +282,25 @@ class ReviewStore:
         if mode != "wal":
             raise InputError(f"{self.path}: expected a local disk for SQLite's log, found one without; move the file")
         with _writing(connection):
-            for statement in _SCHEMA if found != _APPLICATION_ID else ():
+            for statement in _SCHEMA:
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+
+
+def _draft(kind: str, reviewer: str, run: str, case: str, submission: str, detail: Mapping[str, Any]) -> Event:
+    """An event that has no place in a chain yet."""
+    return Event(
+        sequence=0,
+        event_id=str(uuid.uuid4()),
+        submission=submission,
+        kind=kind,
+        time="",
+        reviewer=reviewer,
+        run=run,
+        case=case,
+        detail=detail,
+        version=__version__,
+    )
 
 
 @contextmanager

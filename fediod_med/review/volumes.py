@@ -21,6 +21,7 @@ from fediod_med.labels import SEQUENCES, LabelScheme, to_classes
 
 Point = tuple[float, float, float]
 PERCENTILES = (0.5, 99.5)
+_ITK_ENDINGS = (".nrrd", ".mha", ".mhd")
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def load_image(path: Path, *, channel: int | None = None, name: str = "") -> Loa
     """Read a scan for display.
 
     Args:
-        path: NIfTI, 3-D, or 4-D with a `channel`.
+        path: NIfTI, 3-D, or 4-D with a `channel`; or NRRD or MetaImage, 3-D.
         channel: index on the fourth axis.
         name: for captions.
 
@@ -240,7 +241,14 @@ def _read(path: Path, channel: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Voxels `(X, Y, Z)` and affine of one volume, on the nearest patient axes."""
     import nibabel as nib
 
-    image = _open(path)
+    if path.name.lower().endswith(_ITK_ENDINGS):
+        # loads SimpleITK and torch, for inputs that are not NIfTI only
+        from fediod_med.data.itk_formats import read_any_scan
+
+        scan = read_any_scan(path, path.name)
+        image: Any = nib.Nifti1Image(scan.array, scan.affine)
+    else:
+        image = _open(path)
     shape = image.shape
     if channel is None and len(shape) == 4 and shape[3] == 1:
         channel = 0
