@@ -132,6 +132,16 @@ def test_runs_and_segmented_cases_are_found(tree: Path) -> None:
 def test_json_that_cannot_be_read_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(InputError, match=r"bad\.json"):
-        read_json(tmp_path / "bad.json")
+        read_json(tmp_path / "bad.json", within=tmp_path)
     with pytest.raises(InputError, match="not there"):
-        read_json(tmp_path / "none.json")
+        read_json(tmp_path / "none.json", within=tmp_path)
+
+
+def test_json_behind_a_link_that_leads_out_is_not_read(tree: Path) -> None:
+    (tree / "outside" / "secret.json").write_text("{}")
+    (tree / "inside" / "run" / "summary.json").symlink_to(tree / "outside" / "secret.json")
+    with pytest.raises(InputError, match="leads out"):
+        read_json(tree / "inside" / "run" / "summary.json", within=tree / "inside" / "run")
+    (tree / "inside" / "run" / "linked.json").symlink_to(tree / "inside" / "run" / "kept.json")
+    (tree / "inside" / "run" / "kept.json").write_text("[1]")
+    assert read_json(tree / "inside" / "run" / "linked.json", within=tree / "inside" / "run") == [1]

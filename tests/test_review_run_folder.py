@@ -151,6 +151,20 @@ def test_whatever_is_missing_has_a_reason_and_no_exception(run: Path) -> None:
         read_run(run / "nowhere")
 
 
+def test_links_that_lead_out_of_the_run_are_left_alone(run: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.touch()
+    for path in (run / "figures" / "other.png", run / "synthetic" / "other.nii.gz", run / "scores" / "other.csv"):
+        path.symlink_to(secret)
+    (run / "history.json").unlink()
+    (run / "history.json").symlink_to(secret)
+    found = read_run(run)
+    assert list(found.figures or ()) == ["panel"]
+    assert [volume.name for volume in found.synthetic or ()] == ["synthetic-00", "synthetic-00"]
+    assert {score.model for score in found.scores or ()} == {"student", "site:north"}
+    assert found.history is None and "leads out" in found.why("history")
+
+
 # --- ledgers ----------------------------------------------------------------------------------------------------------
 
 PARTS = {

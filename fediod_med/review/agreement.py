@@ -80,8 +80,9 @@ def rating_matrix(reviews: Iterable[Event], what: str) -> RatingMatrix:
     reviewers = tuple(sorted({reviewer for reviewer, _ in found}))
     items = tuple(sorted({item for _, item in found}))
     values = np.full((len(reviewers), len(items)), np.nan)
+    row, column = ({key: number for number, key in enumerate(keys)} for keys in (reviewers, items))
     for (reviewer, item), rating in found.items():
-        values[reviewers.index(reviewer), items.index(item)] = rating
+        values[row[reviewer], column[item]] = rating
     return RatingMatrix(reviewers, items, values)
 
 
@@ -158,7 +159,7 @@ def krippendorff_alpha(ratings: np.ndarray, *, level: Level = "ordinal") -> floa
     weighted = counts / (counts.sum(axis=1, keepdims=True) - 1)
     coincidences = weighted.T @ counts - np.diag(weighted.sum(axis=0))
     totals = coincidences.sum(axis=0)
-    paired = totals.sum()
+    paired = float(totals.sum())
     if not paired:
         return math.nan
     distance = _distances(ranks, totals, level)

@@ -138,7 +138,7 @@ def read_cases(
     """
     folder = roots.folder(folder)
     absent: dict[str, str] = {}
-    record = _read(folder / "run.json", absent, "record")
+    record = _read(folder, "run.json", absent, "record")
     if images is None and (folder.parent / "unseen").is_dir():
         images = folder.parent / "unseen"
     scans = _subjects(None if images is None else roots.folder(images), absent)
@@ -174,8 +174,8 @@ def _case(
     reference_scheme: LabelScheme | None,
 ) -> Case:
     absent: dict[str, str] = {}
-    record = _read(folder / "records" / f"{case_id}.json", absent, "record") or {}
-    statistics = _read(folder / f"{case_id}{_STATS}", absent, "statistics")
+    record = _read(folder, f"records/{case_id}.json", absent, "record") or {}
+    statistics = _read(folder, f"{case_id}{_STATS}", absent, "statistics")
     stated = SCHEMES.get(str((statistics or {}).get("label_scheme", "")), scheme)
     path = folder / f"{case_id}{_SEG}"
     label_map = None
@@ -265,7 +265,7 @@ def _others(
     found: dict[str, LabelMapFile] = {}
     for name, folder in elsewhere.items():
         path = folder / f"{case_id}{_SEG}"
-        told = _read(folder / f"{case_id}{_STATS}", {}, "") or {}
+        told = _read(folder, f"{case_id}{_STATS}", {}, "") or {}
         stated = SCHEMES.get(str(told.get("label_scheme", "")), scheme)
         if stated is not None and path.is_file() and roots.contains(path):
             found[name] = LabelMapFile(roots.file(path), stated)
@@ -327,9 +327,10 @@ def _banner(record: Mapping[str, Any] | None, cases: Mapping[str, Case]) -> str:
     return told.pop() if len(told) == 1 else "NOT PRIVATE: the model does not say on which terms it was made"
 
 
-def _read(path: Path, absent: dict[str, str], part: str) -> Mapping[str, Any] | None:
+def _read(folder: Path, name: str, absent: dict[str, str], part: str) -> Mapping[str, Any] | None:
+    path = folder / name
     try:
-        content = read_json(path)
+        content = read_json(path, within=folder)
     except InputError as error:
         absent[part] = str(error)
         return None

@@ -180,12 +180,26 @@ def count_cases(folder: Path) -> int:
     return sum(1 for entry in _entries(folder) if _is_case(entry))
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file below a root.
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a file that was found in a folder really lies there, rather than behind a link that leads out."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):
+        return False
+
+
+def read_json(path: Path, *, within: Path) -> Any:
+    """Content of a JSON file of a folder.
+
+    Args:
+        path: of the file.
+        within: folder that it must lie in, links followed.
 
     Raises:
-        InputError: absent, not JSON, or so large that it is none of ours.
+        InputError: absent, not JSON, behind a link that leads out, or so large that it is none of ours.
     """
+    if not lies_in(path, within):
+        raise InputError(f"{path.name}: expected a file of its folder, found a link that leads out")
     try:
         if path.stat().st_size > _LARGEST_JSON:
             raise InputError(f"{path.name}: expected at most {_LARGEST_JSON >> 20} MiB of JSON, found more")

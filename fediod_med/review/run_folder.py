@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from fediod_med.errors import InputError
 from fediod_med.labels import REGIONS
-from fediod_med.review.roots import read_json
+from fediod_med.review.roots import lies_in, read_json
 
 _Part = TypeVar("_Part")
 _PRIVATE_MODES = ("dp-sgd", "gradient")
@@ -156,8 +156,8 @@ def read_run(folder: Path) -> RunFolder:
             absent[name] = f"{name}: expected what a run writes, found something else ({error!r})"
         return None
 
-    summary = part("summary", lambda: _mapping(read_json(folder / "summary.json"), "summary.json"))
-    record = part("record", lambda: _mapping(read_json(folder / "run.json"), "run.json"))
+    summary = part("summary", lambda: _mapping(read_json(folder / "summary.json", within=folder), "summary.json"))
+    record = part("record", lambda: _mapping(read_json(folder / "run.json", within=folder), "run.json"))
     privacy = part("privacy", lambda: _privacy(_needed(summary or record, "summary.json"), folder))
     return RunFolder(
         path=folder,
@@ -168,7 +168,7 @@ def read_run(folder: Path) -> RunFolder:
         rows=part("rows", lambda: _rows(_needed(summary, "summary.json")["rows"])),
         sites=tuple(terms.site for terms in privacy or ()),
         privacy=privacy,
-        history=part("history", lambda: _rounds(read_json(folder / "history.json"))),
+        history=part("history", lambda: _rounds(read_json(folder / "history.json", within=folder))),
         synthetic=part("synthetic", lambda: _synthetic(folder / "synthetic")),
         figures=part("figures", lambda: _figures(folder / "figures", "no figures were drawn")),
         scores=part("scores", lambda: _scores(folder / "scores", summary)),
@@ -264,7 +264,7 @@ def _rounds(content: Any) -> tuple[Mapping[str, Any], ...]:
 
 def _synthetic(folder: Path) -> tuple[SyntheticVolume, ...]:
     files = {path: path.name.removesuffix(_NIFTI) for path in sorted(folder.rglob(f"*{_NIFTI}"))}
-    files = {path: name for path, name in files.items() if not name.startswith(".")}
+    files = {path: name for path, name in files.items() if not name.startswith(".") and lies_in(path, folder)}
     volumes = []
     for path, name in files.items():
         beside = {p: n.removeprefix(name) for p, n in files.items() if p.parent == path.parent and p != path}
@@ -288,7 +288,8 @@ def _synthetic(folder: Path) -> tuple[SyntheticVolume, ...]:
 
 
 def _figures(folder: Path, otherwise: str) -> Mapping[str, Path]:
-    found = {path.stem: path for path in sorted(folder.glob("*.png")) if not path.name.startswith(".")}
+    files = (path for path in sorted(folder.glob("*.png")) if not path.name.startswith("."))
+    found = {path.stem: path for path in files if lies_in(path, folder)}
     if not found:
         raise InputError(otherwise)
     return found
@@ -298,13 +299,13 @@ def _audit(folder: Path) -> Any:
     path = folder / "audit" / "audit.json"
     if not path.is_file():
         raise InputError("no audit was run on this folder; `fediod privacy audit` attacks it and writes one")
-    return read_json(path)
+    return read_json(path, within=folder)
 
 
 def _scores(folder: Path, summary: Mapping[str, Any] | None) -> tuple[CaseScore, ...]:
     keys = {str(key).replace(":", "-"): str(key) for key in (summary or {}).get("rows", {})}
     found: list[CaseScore] = []
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(file for file in folder.glob("*.csv") if lies_in(file, folder)):
         with path.open(newline="", encoding="utf-8") as stream:
             found += [_score(row, keys.get(path.stem, path.stem)) for row in csv.DictReader(stream)]
     if not found:
