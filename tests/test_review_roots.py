@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,13 @@ def test_json_behind_a_link_that_leads_out_is_not_read(tree: Path) -> None:
     (tree / "inside" / "run" / "linked.json").symlink_to(tree / "inside" / "run" / "kept.json")
     (tree / "inside" / "run" / "kept.json").write_text("[1]")
     assert read_json(tree / "inside" / "run" / "linked.json", within=tree / "inside" / "run") == [1]
+
+
+def test_pages_that_show_pictures_load_neither_torch_nor_a_plotting_library() -> None:
+    modules = (
+        "agreement audit_table case_folder content exchange ledger_timeline overlays queue run_folder slices store"
+    )
+    code = "import sys; " + "; ".join(f"import fediod_med.review.{name}" for name in modules.split())
+    code += "; print(*[n for n in ('torch', 'monai', 'matplotlib', 'streamlit', 'opacus') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

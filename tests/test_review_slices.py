@@ -271,7 +271,9 @@ def test_synthetic_is_burnt_into_the_pixels_and_said() -> None:
     )
     assert slice_pixels(plain).max() == 0
     assert (slice_pixels(burnt) > 200).any(axis=2).sum() > 300
-    assert burnt.alt.startswith("Synthetic axial slice of volume 3")
+    assert burnt.alt.startswith("Synthetic axial slice of volume 3, no patient, sides have no names")
+    lettered = slice_picture(image, "axial", (0, 0, 0), view=View(crosshair=False, pixels=128, synthetic=True))
+    assert lettered.png == burnt.png  # mirrored volumes have no left and right
 
 
 def test_every_picture_says_what_it_is_and_that_it_is_for_research() -> None:

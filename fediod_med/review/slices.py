@@ -47,7 +47,8 @@ class View:
         opacity: of overlays, 0 to 1.
         crosshair: lines through the position.
         letters: L R A P S I on the four sides.
-        synthetic: burn SYNTHETIC into the pixels.
+        synthetic: burn SYNTHETIC into the pixels, and leave the letters out: the generator learns from mirrored
+            volumes, so the sides of what it makes have no names.
         pixels: longest side of the largest of the three planes.
     """
 
@@ -150,7 +151,7 @@ def slice_picture(
     pen = ImageDraw.Draw(picture)
     if view.crosshair:
         _draw_crosshair(pen, image, voxel, plane, view.radiological, size)
-    if view.letters:
+    if view.letters and not view.synthetic:
         _draw_letters(pen, plane, view.radiological, size)
     if view.synthetic:
         _draw_synthetic(pen, size)
@@ -180,12 +181,13 @@ def alt_text(
     other: bool = False,
 ) -> str:
     """A slice in words: what it shows, where, in which convention, and the area of each overlay (square cm)."""
-    convention = "radiological view, patient's right on the left" if view.radiological else "neurological view"
-    words = [f"{'Synthetic ' if view.synthetic else ''}{plane} slice of {image.name or 'the image'} at {place(mm)}"]
-    if plane != "sagittal":
-        words.append(convention)
-    else:
+    words = [f"{plane} slice of {image.name or 'the image'} at {place(mm)}"]
+    if view.synthetic:
+        words = [f"synthetic {plane} slice of {image.name or 'a volume'}", "no patient, sides have no names"]
+    elif plane == "sagittal":
         words.append("nose to the left")
+    else:
+        words.append("radiological view, patient's right on the left" if view.radiological else "neurological view")
     if image.oblique > _OBLIQUE_DEGREES:
         words.append(f"oblique grid, {image.oblique:.0f} degrees from the named plane")
     if areas is not None and areas:
