@@ -17,6 +17,7 @@ from fediod_med.review.agreement import (
     pairwise_kappa,
     rating_against_dice,
     rating_matrix,
+    ratings_with_dice,
     weighted_kappa,
 )
 from fediod_med.review.events import Review
@@ -114,6 +115,18 @@ def test_ratings_and_verdicts_become_a_matrix(tmp_path: Path) -> None:
         rating_matrix(store.current(), "NCR")
     (pair,) = pairwise_kappa(matrix)
     assert pair == ("a", "b") and pairwise_kappa(matrix)[pair].cases == 1
+
+
+def test_ratings_meet_the_dice_of_the_same_segmentation(tmp_path: Path) -> None:
+    store = ReviewStore(tmp_path / "reviews.sqlite")
+    for reviewer, case, rating in (("a", "c1", 2), ("b", "c1", 3), ("a", "c2", 4), ("a", "c3", 1)):
+        store.submit(
+            Review(reviewer=reviewer, run="run", case=case, arm="student", verdict="minor", ratings={"WT": rating})
+        )
+    dice = {("c1", "student"): 0.8, ("c1", "ensemble"): 0.1, ("c2", "student"): 0.9}
+    expected = (("c1", "student", 2.5, 0.8), ("c2", "student", 4.0, 0.9))
+    assert ratings_with_dice(store.current(), dice, "WT") == expected
+    assert ratings_with_dice(store.current(), dice, "ET") == ()
 
 
 def test_intervals_hold_the_value_and_narrow_with_more_cases(rng) -> None:

@@ -14,6 +14,7 @@ from fediod_med.errors import SettingsError
 from fediod_med.labels import SEQUENCES, get_scheme
 from fediod_med.review.case_folder import CaseFolder, read_cases
 from fediod_med.review.content import changed_outputs, content_hashes
+from fediod_med.review.queue import Waiting, waiting
 from fediod_med.review.roots import Roots
 from fediod_med.review.volumes import VolumeCache
 
@@ -95,6 +96,10 @@ def test_a_failed_case_says_why_and_shows_no_mask(tree: Path) -> None:
     write(tree / "out" / "c2_seg.nii.gz", np.zeros((6, 6, 6), np.uint8))  # left by an earlier call
     case = cases(tree).cases["c2"]
     assert case.label_map is None and case.why("label_map") == "c2: truncated" and case.status == "failed"
+
+
+def test_only_cases_with_a_mask_wait_for_review(tree: Path) -> None:
+    assert waiting(cases(tree).cases.values()) == (Waiting("c1", 0.62, 0.11),)
 
 
 def test_scans_outside_the_roots_are_never_opened(tree: Path) -> None:

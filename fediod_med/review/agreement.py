@@ -200,6 +200,23 @@ def pairwise_kappa(
     return found
 
 
+def ratings_with_dice(
+    reviews: Iterable[Event], dice: Mapping[tuple[str, str], float], region: str
+) -> tuple[tuple[str, str, float, float], ...]:
+    """Case, model, mean rating over reviewers and Dice, for every rated segmentation whose Dice is known.
+
+    Args:
+        reviews: current ones of one run; their arms are models. Blinded ones get them by `queue.blinded_ratings`.
+        dice: by case and model.
+        region: TC, WT or ET.
+    """
+    found: dict[tuple[str, str], list[int]] = {}
+    for event in reviews:
+        if region in event.ratings and (event.case, event.arm) in dice:
+            found.setdefault((event.case, event.arm), []).append(event.ratings[region])
+    return tuple((*key, float(np.mean(ratings)), dice[key]) for key, ratings in sorted(found.items()))
+
+
 def rating_against_dice(
     ratings: Sequence[float], dice: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Agreement:

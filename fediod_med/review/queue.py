@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from fediod_med.errors import SettingsError
+from fediod_med.review.case_folder import Case
 from fediod_med.review.events import VERDICTS, Event, canonical, current_of
 from fediod_med.review.store import ReviewStore
 
@@ -72,6 +73,11 @@ class Blinding:
 
     models: Mapping[str, str]
     revealed: bool
+
+
+def waiting(cases: Iterable[Case]) -> tuple[Waiting, ...]:
+    """The cases that can be reviewed, in the given order: those that have a label map."""
+    return tuple(Waiting(case.case_id, case.quality, case.disagreement) for case in cases if case.label_map is not None)
 
 
 def review_queue(
