@@ -94,7 +94,7 @@ class Jitterd(MapTransform, Randomizable):
 
 
 def to_working_grid(
-    image: MetaTensor, *, spacing: float, label: MetaTensor | None = None
+    image: MetaTensor, *, spacing: float, label: MetaTensor | None = None, crop: bool = True
 ) -> tuple[MetaTensor, MetaTensor | None]:
     """Reorient to RAS, resample to isotropic voxels and crop to the brain.
 
@@ -106,6 +106,7 @@ def to_working_grid(
         image: `(4, X, Y, Z)` with its affine; zero outside the brain.
         spacing: mm.
         label: `(1, X, Y, Z)` classes on the same grid.
+        crop: to the brain; without, the grid covers the whole scan (for comparison: it costs time and changes nothing).
 
     Returns:
         Image `(4, x, y, z)` and label `(1, x, y, z)`, edges multiples of 8 voxels, affines kept.
@@ -121,7 +122,9 @@ def to_working_grid(
     reorient = Orientation(axcodes="RAS", labels=None)
     image = _meta(reorient(image))
     margin = int(np.ceil(2 * spacing / min(image.pixdim.tolist())))
-    around = CropForeground(select_fn=_not_zero, margin=margin, allow_smaller=True)
+    around = CropForeground(
+        select_fn=_not_zero if crop else _everywhere, margin=margin if crop else 0, allow_smaller=True
+    )
     near = around.compute_bounding_box(image)
     image = _meta(around.crop_pad(image, *near))
     inside = _like((image != 0).any(dim=0, keepdim=True).float(), image)
@@ -131,16 +134,17 @@ def to_working_grid(
         moved = _like(moved.as_tensor() * kept, moved)
         if not bool(kept.any()):
             raise SettingsError(f"spacing: expected voxels smaller than the brain, found {spacing:g} mm; choose less")
-    crop = CropForeground(select_fn=_not_zero, k_divisible=DIVISOR, allow_smaller=False)
-    lower, upper = crop.compute_bounding_box(moved)
-    cropped = _meta(crop.crop_pad(moved, lower, upper))
+    select = _not_zero if crop else _everywhere
+    to_brain = CropForeground(select_fn=select, k_divisible=DIVISOR, allow_smaller=False)
+    lower, upper = to_brain.compute_bounding_box(moved)
+    cropped = _meta(to_brain.crop_pad(moved, lower, upper))
     if label is None:
         return cropped, None
     native = _meta(around.crop_pad(reorient(label), *near)).as_tensor()[0].long()
     shares = torch.nn.functional.one_hot(native, len(CLASSES)).movedim(-1, 0).float()
     resampled = _resample(_like(shares, image), spacing)
     classes = _like(resampled.as_tensor().argmax(dim=0, keepdim=True).to(torch.uint8), resampled)
-    return cropped, _meta(crop.crop_pad(classes, lower, upper))
+    return cropped, _meta(to_brain.crop_pad(classes, lower, upper))
 
 
 def normalise(image: MetaTensor) -> MetaTensor:
@@ -251,6 +255,10 @@ def _resample(image: MetaTensor, spacing: float) -> MetaTensor:
 def _not_zero(image: Tensor) -> Tensor:
     # MONAI's own choice is what is positive, but intensities may be negative (scans that were z-scored before).
     return image != 0
+
+
+def _everywhere(image: Tensor) -> Tensor:
+    return torch.ones_like(image, dtype=torch.bool)
 
 
 def _meta(result: Tensor | np.ndarray) -> MetaTensor:
