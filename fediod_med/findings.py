@@ -7,12 +7,13 @@ error), P privacy (the file names or may name the patient), N note. Numbers are 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
 
+from fediod_med.errors import InputError
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 
 
@@ -99,6 +100,19 @@ def finding(code: str, *, case: str, where: object, message: str, value: float |
         value=value,
         fix=known.fix,
     )
+
+
+class RefusedInput(InputError):
+    """An input with findings that forbid output; its message is one line for all of them."""
+
+    def __init__(self, case: str, findings: Sequence[Finding]) -> None:
+        """`findings` are those that forbid output, at least one."""
+        self.findings = tuple(findings)
+        first = findings[0]
+        more = "".join(f"; {found.code} {found.where}: {found.message}" for found in findings[1:3])
+        rest = f" (and {len(findings) - 3} more findings)" if len(findings) > 3 else ""
+        super().__init__(f"{first.code} {first.where}: {first.message}; {first.fix}{more}{rest}")
+        self.case = case
 
 
 def fatal(findings: Iterable[Finding], *, strict: bool = False) -> list[Finding]:
