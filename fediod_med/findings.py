@@ -71,6 +71,27 @@ CATALOGUE: Mapping[str, Code] = {
     code.code: code
     for code in (
         Code("E101", "truncated or damaged file", "copy the file again from its source"),
+        Code("E122", "sheared grid", "resample the scan to a rectangular grid"),
+        Code("E130", "slices missing from a DICOM series", "export the whole series again"),
+        Code("E131", "DICOM series of several grids or several images per position", "export one stack per series"),
+        Code("E132", "DICOM slices without position or orientation", "export the original images, not screenshots"),
+        Code(
+            "E133",
+            "sequence not recognised in a DICOM study",
+            "name the series of each sequence: its folder, its number or its series UID",
+        ),
+        Code(
+            "E134",
+            "pixel data that cannot be decoded",
+            "convert the files to an uncompressed transfer syntax, for example with gdcmconv --raw",
+        ),
+        Code("E135", "several patients or studies in one folder", "give each study its own folder"),
+        Code("W136", "several series fit one sequence", "name the series to use if another one was meant"),
+        Code("W137", "the same DICOM slice more than once", "nothing to do; the copies are not used"),
+        Code("W138", "a DICOM series may be incomplete", "compare the number of slices with the archive"),
+        Code("N139", "DICOM objects that were passed over", "nothing to do"),
+        Code("W142", "a sequence looks like another one", "check which file or series is which sequence"),
+        Code("E150", "sequences on different grids", "use --coregister, or resample the sequences to one grid"),
         Code(
             "E152",
             "sequences could not be registered to each other",
@@ -84,6 +105,16 @@ CATALOGUE: Mapping[str, Code] = {
             "do not trust the result outside its field of view, or give a scan of the whole head",
         ),
         Code("N155", "what registration did", "nothing to do"),
+        Code(
+            "W156",
+            "series that do not share a frame of reference",
+            "look at the preview, or use --coregister: the patient may have moved between them",
+        ),
+        Code(
+            "P201",
+            "the patient's identity in DICOM headers",
+            "de-identify the study first if it is to leave the hospital; a DICOM SEG carries the same patient data",
+        ),
     )
 }
 
