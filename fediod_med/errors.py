@@ -24,7 +24,16 @@ class FediodError(Exception):
 
 
 class InputError(FediodError):
-    """A scan, label map, table or folder is not what it should be."""
+    """A scan, label map, table or folder is not what it should be.
+
+    Attributes:
+        code: of the finding that stands for it (`findings.CATALOGUE`).
+    """
+
+    def __init__(self, message: str = "", *, code: str = "E104") -> None:
+        """`code` defaults to that of a file that cannot be read as a scan."""
+        super().__init__(message)
+        self.code = code
 
 
 class GeometryError(InputError):

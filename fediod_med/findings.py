@@ -71,7 +71,21 @@ CATALOGUE: Mapping[str, Code] = {
     code.code: code
     for code in (
         Code("E101", "truncated or damaged file", "copy the file again from its source"),
+        Code("E102", "name and content do not fit", "rename the file by what it holds, or export it again"),
+        Code("E103", "empty file", "copy the file again from its source"),
+        Code("E104", "not a scan that can be read", "give NIfTI, NRRD, MetaImage or DICOM"),
+        Code("E105", "file missing or not readable", "check the path and the access rights"),
+        Code("E106", "header of a .hdr/.img pair", "convert the pair to one .nii.gz"),
+        Code("E107", "data lie in another file", "put header and data side by side, or export one file"),
+        Code("E110", "NaN or infinite values", "set them to 0 if they are background, else export the scan again"),
+        Code("E111", "4-D file", "give one 3-D file per sequence"),
+        Code("E112", "not a volume", "give a 3-D scan, not a single slice"),
+        Code("E113", "colour or complex values", "convert the file to one real number per voxel"),
+        Code("E120", "no position and orientation", "convert the scan again from its source: sides cannot be told"),
+        Code("W121", "sform and qform differ", "check the conversion; the sform is used"),
+        Code("E121", "unusable geometry", "correct the header, or convert the scan again"),
         Code("E122", "sheared grid", "resample the scan to a rectangular grid"),
+        Code("E123", "unit other than millimetre", "correct the unit in the header"),
         Code("E130", "slices missing from a DICOM series", "export the whole series again"),
         Code("E131", "DICOM series of several grids or several images per position", "export one stack per series"),
         Code("E132", "DICOM slices without position or orientation", "export the original images, not screenshots"),
@@ -90,8 +104,11 @@ CATALOGUE: Mapping[str, Code] = {
         Code("W137", "the same DICOM slice more than once", "nothing to do; the copies are not used"),
         Code("W138", "a DICOM series may be incomplete", "compare the number of slices with the archive"),
         Code("N139", "DICOM objects that were passed over", "nothing to do"),
-        Code("W142", "a sequence looks like another one", "check which file or series is which sequence"),
-        Code("E150", "sequences on different grids", "use --coregister, or resample the sequences to one grid"),
+        Code("E140", "sequence missing or doubled", "name the four files by --t1c, --t1, --t2, --flair or in a table"),
+        Code("E141", "two sequences are one scan", "give a different scan for each sequence"),
+        Code("W142", "sequences look swapped", "compare the pictures with the names of the sequences"),
+        Code("E150", "sequences on different grids", "co-register first, or add --coregister"),
+        Code("W151", "sequences look out of register", "look at them on top of one another, or add --coregister"),
         Code(
             "E152",
             "sequences could not be registered to each other",
@@ -115,6 +132,20 @@ CATALOGUE: Mapping[str, Code] = {
             "the patient's identity in DICOM headers",
             "de-identify the study first if it is to leave the hospital; a DICOM SEG carries the same patient data",
         ),
+        Code("N156", "sequences on different grids, to be registered", "nothing to do"),
+        Code("W160", "not skull-stripped", "strip the skull first; see docs/skull_stripping.md"),
+        Code("E161", "constant image", "export the sequence again"),
+        Code("W162", "hardly any brain", "check that this is a whole head"),
+        Code("W170", "voxels far from 1 mm isotropic", "expect coarser borders than on 1 mm scans"),
+        Code("N171", "size other than that of BraTS", "nothing to do: any size is segmented"),
+        Code("N172", "orientation other than RAS or LPS", "nothing to do: the label map keeps it"),
+        Code("W173", "negative or odd intensities", "give intensities as scanned, zero outside the brain"),
+        Code("N180", "large scan", "expect the stated memory"),
+        Code("E190", "label values outside the scheme", "declare the scheme that the file uses"),
+        Code("E191", "label map on another grid", "resample it to the grid of the scan, by nearest neighbour"),
+        Code("E193", "no label map", "add <id>_seg.nii.gz"),
+        Code("P200", "text in the header that may name the patient", "remove it before the file leaves the hospital"),
+        Code("P201", "DICOM identity of the patient", "de-identify the series before they leave the hospital"),
     )
 }
 
@@ -133,7 +164,7 @@ def finding(code: str, *, case: str, where: object, message: str, value: float |
     )
 
 
-class RefusedInput(InputError):
+class RefusedInput(InputError):  # noqa: N818 (it is refused, the tool is not at fault)
     """An input with findings that forbid output; its message is one line for all of them."""
 
     def __init__(self, case: str, findings: Sequence[Finding]) -> None:

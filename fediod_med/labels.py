@@ -81,7 +81,8 @@ def to_classes(values: np.ndarray, scheme: LabelScheme, where: str) -> np.ndarra
         shown = ", ".join(f"{v:g}" for v in unknown[:8])
         raise LabelError(
             f"{where}: expected label values {sorted(scheme.to_class)} (scheme {scheme.name}), found {shown}; "
-            f"declare the scheme the file uses ({', '.join(SCHEMES)}) or correct the file"
+            f"declare the scheme the file uses ({', '.join(SCHEMES)}) or correct the file",
+            code="E190",
         )
     classes = np.zeros(values.shape, dtype=np.uint8)
     for value, label in scheme.to_class.items():

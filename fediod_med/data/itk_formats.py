@@ -60,7 +60,9 @@ def read_any_scan(path: Path, sequence: str, *, channel: int | None = None) -> S
     if not is_itk_format(path):
         return read_scan(path, sequence, channel=channel)
     if channel is not None:
-        raise InputError(f"{path}: expected one sequence per file, found a channel {channel}; split the file")
+        raise InputError(
+            f"{path}: expected one sequence per file, found a channel {channel}; split the file", code="E111"
+        )
     array, affine = _read_itk(path)
     return checked_scan(array, affine, path, sequence)
 
@@ -74,7 +76,9 @@ def read_scans(subject: Subject) -> Mapping[str, Scan]:
     """
     missing = [name for name in SEQUENCES if name not in subject.images]
     if missing:
-        raise InputError(f"subject {subject.subject_id}: expected {', '.join(SEQUENCES)}, missing {', '.join(missing)}")
+        raise InputError(
+            f"subject {subject.subject_id}: expected {', '.join(SEQUENCES)}, missing {', '.join(missing)}", code="E140"
+        )
     channels = subject.channels or {}
     return {name: read_any_scan(subject.images[name], name, channel=channels.get(name)) for name in SEQUENCES}
 
@@ -131,17 +135,21 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
         full, pixel = reader.GetSize(), SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())
         size = full[:3]
         if len(size) < 3 or any(n != 1 for n in full[3:]):
-            raise InputError(f"{path}: expected a 3-D volume, found size {full}")
+            raise InputError(f"{path}: expected a 3-D volume, found size {full}", code="E112")
         width = _BYTES.get(pixel)
         if reader.GetNumberOfComponents() != 1 or width is None:
-            raise InputError(f"{path}: expected one real number per voxel, found {pixel}; convert the file")
+            raise InputError(
+                f"{path}: expected one real number per voxel, found {pixel}; convert the file", code="E113"
+            )
         _require_stated_geometry(path, header.fields)
         _require_whole(header, width * math.prod(size))
         reader.SetExtractSize([*size, *[0] * (len(full) - 3)])
         image = reader.Execute()
     except RuntimeError as error:
         _require_stated_geometry(path, header.fields)  # ITK's own word on a missing one is obscure
-        raise InputError(f"{path}: expected a complete scan, ITK could not read it ({_reason(error)})") from error
+        raise InputError(
+            f"{path}: expected a complete scan, ITK could not read it ({_reason(error)})", code="E101"
+        ) from error
     array = np.transpose(SimpleITK.GetArrayViewFromImage(image))
     return np.array(array), ras_affine(image.GetOrigin(), image.GetSpacing(), image.GetDirection())
 
@@ -152,11 +160,11 @@ def _read_header(path: Path) -> _Header:
         with path.open("rb") as stream:
             raw = stream.read(_HEADER_LIMIT)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: expected a scan, found nothing; check the path") from error
+        raise InputError(f"{path}: expected a scan, found nothing; check the path", code="E105") from error
     except OSError as error:
-        raise InputError(f"{path}: could not be read ({error})") from error
+        raise InputError(f"{path}: could not be read ({error})", code="E105") from error
     if not raw:
-        raise InputError(f"{path}: expected a scan, found an empty file; copy it again")
+        raise InputError(f"{path}: expected a scan, found an empty file; copy it again", code="E103")
     # NRRD ends its header with an empty line, or with the file; MetaImage with the field ElementDataFile.
     kind, end, separator, names = (
         ("NRRD", rb"\r?\n\r?\n|\Z", ":", ("data file", "datafile"))
@@ -165,7 +173,9 @@ def _read_header(path: Path) -> _Header:
     )
     last = re.search(end, raw)
     if last is None or (_is_nrrd(path) and not raw.startswith(b"NRRD")):
-        raise InputError(f"{path}: the name does not fit the content, found no {kind} header; export the scan again")
+        raise InputError(
+            f"{path}: the name does not fit the content, found no {kind} header; export the scan again", code="E102"
+        )
     lines = [line for line in raw[: last.end()].decode("latin-1").splitlines() if not line.startswith("#")]
     pairs = [line.split(separator, 1) for line in lines if separator in line]
     fields = {name.strip().lower(): value.removeprefix("=").strip() for name, value in pairs}
@@ -174,9 +184,13 @@ def _read_header(path: Path) -> _Header:
         return _Header(fields, path, last.end(), local=True)
     # ITK would follow any path, and the other ways to name several files.
     if Path(where).name != where or "\\" in where or "%" in where or where.split()[0] == "LIST":
-        raise InputError(f"{path}: expected the data in one file of the same folder, found {where!r}; export it again")
+        raise InputError(
+            f"{path}: expected the data in one file of the same folder, found {where!r}; export it again", code="E107"
+        )
     if not (path.parent / where).is_file():
-        raise InputError(f"{path}: expected its data file {where!r} beside it, found nothing; copy both files")
+        raise InputError(
+            f"{path}: expected its data file {where!r} beside it, found nothing; copy both files", code="E107"
+        )
     return _Header(fields, path.parent / where, 0, local=False)
 
 
@@ -187,11 +201,14 @@ def _require_stated_geometry(path: Path, fields: Mapping[str, str]) -> None:
     if absent:
         raise GeometryError(
             f"{path}: expected a position and orientation, found no {' and no '.join(absent)} in the header; convert "
-            f"the scan again from its source, left and right cannot be told from this file"
+            f"the scan again from its source, left and right cannot be told from this file",
+            code="E120",
         )
     units = re.findall(r'"([^"]*)"', fields.get("space units", ""))
     if any(unit.strip() not in ("mm", "") for unit in units):
-        raise GeometryError(f"{path}: expected millimetres, found the units {', '.join(units)}; correct the header")
+        raise GeometryError(
+            f"{path}: expected millimetres, found the units {', '.join(units)}; correct the header", code="E123"
+        )
 
 
 def _require_whole(header: _Header, expected: int) -> None:
@@ -212,12 +229,14 @@ def _require_whole(header: _Header, expected: int) -> None:
                 found = len(unpacking.decompress(stream.read(), expected + 1))
             except zlib.error as error:
                 raise InputError(
-                    f"{header.data}: expected a complete compressed stream, found a defect ({error}); copy it again"
+                    f"{header.data}: expected a complete compressed stream, found a defect ({error}); copy it again",
+                    code="E101",
                 ) from error
     if found < expected or (packed and not unpacking.eof):
         raise InputError(
             f"{header.data}: expected {expected} bytes of voxels, found {found} or no end of the compressed stream; "
-            f"the file is damaged, copy it again"
+            f"the file is damaged, copy it again",
+            code="E101",
         )
 
 

@@ -146,13 +146,16 @@ def read_subject(subject: Subject) -> Volume:
     """
     missing = [name for name in SEQUENCES if name not in subject.images]
     if missing:
-        raise InputError(f"subject {subject.subject_id}: expected {', '.join(SEQUENCES)}, missing {', '.join(missing)}")
+        raise InputError(
+            f"subject {subject.subject_id}: expected {', '.join(SEQUENCES)}, missing {', '.join(missing)}", code="E140"
+        )
     reference = subject.images[SEQUENCES[0]]
     files = dict.fromkeys(subject.images[name] for name in SEQUENCES)
     if subject.channels is None and len(files) < len(SEQUENCES):
         raise InputError(
             f"subject {subject.subject_id}: expected four different files, found one file given for several sequences: "
-            + ", ".join(f"{name} = {subject.images[name]}" for name in SEQUENCES)
+            + ", ".join(f"{name} = {subject.images[name]}" for name in SEQUENCES),
+            code="E141",
         )
     array: np.ndarray | None = None
     affine: np.ndarray | None = None
@@ -190,11 +193,13 @@ def read_label(subject: Subject, scheme: LabelScheme) -> np.ndarray:
         LabelError: a value is not in the scheme.
     """
     if subject.label is None:
-        raise InputError(f"subject {subject.subject_id}: expected a label map, found none; add <id>_seg.nii.gz")
+        raise InputError(
+            f"subject {subject.subject_id}: expected a label map, found none; add <id>_seg.nii.gz", code="E193"
+        )
     path = subject.label
     header, values = _read(path)
     if values.ndim != 3:
-        raise InputError(f"{path}: expected a 3-D label map, found shape {values.shape}")
+        raise InputError(f"{path}: expected a 3-D label map, found shape {values.shape}", code="E111")
     reference = subject.images[SEQUENCES[0]]
     image = _read_header(reference)
     grid = _affine(image, reference, warn=False)
@@ -328,7 +333,8 @@ def _read(path: Path) -> tuple[Any, np.ndarray]:
     if len(raw) < expected:
         raise InputError(
             f"{path}: expected {expected} bytes for shape {shape}, found {len(raw)}; the file is "
-            f"truncated, copy it again"
+            f"truncated, copy it again",
+            code="E101",
         )
     with _as_input_error(path), np.errstate(over="ignore", invalid="ignore"):  # absurd scaling: found as Inf or NaN
         values = np.asarray(header.data_from_fileobj(io.BytesIO(raw)))
@@ -346,11 +352,11 @@ def _read_bytes(path: Path, limit: int = -1) -> bytes:
     with _as_input_error(path), path.open("rb") as stream:
         start = stream.read(2)
         if not start:
-            raise InputError(f"{path}: expected a NIfTI file, found an empty file; copy it again")
+            raise InputError(f"{path}: expected a NIfTI file, found an empty file; copy it again", code="E103")
         if zipped != (start == _GZIP_MAGIC):
             is_what, name = ("not gzip data", ".nii") if zipped else ("gzip data", ".nii.gz")
             raise InputError(
-                f"{path}: the name does not fit the content, found {is_what}; rename it to {name} if valid"
+                f"{path}: the name does not fit the content, found {is_what}; rename it to {name} if valid", code="E102"
             )
         stream.seek(0)
         if not zipped:
@@ -365,15 +371,19 @@ def _parse_header(raw: bytes, path: Path) -> Any:
     """The single-file NIfTI-1 or NIfTI-2 header at the start of `raw`, with a real scalar data type."""
     size = next((n for n in _HEADERS for order in ("little", "big") if int.from_bytes(raw[:4], order) == n), None)
     if size is None or len(raw) < size:
-        raise InputError(f"{path}: expected a NIfTI header, found other or too little data ({len(raw)} bytes)")
+        raise InputError(
+            f"{path}: expected a NIfTI header, found other or too little data ({len(raw)} bytes)", code="E104"
+        )
     with _as_input_error(path):
         header = _HEADERS[size](raw[:size], check=True)
         dtype = header.get_data_dtype()
     if not bytes(header["magic"]).startswith(b"n+"):
-        raise InputError(f"{path}: expected a single-file NIfTI, found the header of a .hdr/.img pair; convert it")
+        raise InputError(
+            f"{path}: expected a single-file NIfTI, found the header of a .hdr/.img pair; convert it", code="E106"
+        )
     if dtype.kind not in "uif":
         raise InputError(
-            f"{path}: expected real numbers, found data type {dtype} (complex or colour); convert the file"
+            f"{path}: expected real numbers, found data type {dtype} (complex or colour); convert the file", code="E113"
         )
     return header
 
@@ -384,7 +394,7 @@ def _shape(header: Any, path: Path) -> tuple[int, ...]:
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) not in (3, 4) or min(shape) < 1:
-        raise InputError(f"{path}: expected a 3-D volume, found shape {shape}")
+        raise InputError(f"{path}: expected a 3-D volume, found shape {shape}", code="E112")
     return shape
 
 
@@ -394,12 +404,13 @@ def _affine(header: Any, path: Path, *, warn: bool = True) -> np.ndarray:
     if not any(codes.values()):
         raise GeometryError(
             f"{path}: expected a position and orientation, found sform code 0 and qform code 0 (no geometry); convert "
-            f"the scan again from its source, left and right cannot be told from this file"
+            f"the scan again from its source, left and right cannot be told from this file",
+            code="E120",
         )
     unit = int(header["xyzt_units"]) & 7  # the spatial part; nibabel raises a bare KeyError for codes it does not know
     if unit not in _MILLIMETRES:
         name = {1: "metre", 3: "micron"}.get(unit, f"code {unit}")
-        raise GeometryError(f"{path}: expected millimetres, found the unit {name}; correct the header")
+        raise GeometryError(f"{path}: expected millimetres, found the unit {name}; correct the header", code="E123")
     qform = None
     if codes["qform"]:
         try:
@@ -407,7 +418,9 @@ def _affine(header: Any, path: Path, *, warn: bool = True) -> np.ndarray:
                 qform = _qform(header)
         except (HeaderDataError, ValueError) as error:
             if not codes["sform"]:
-                raise GeometryError(f"{path}: expected a rotation in the qform, found none ({error})") from error
+                raise GeometryError(
+                    f"{path}: expected a rotation in the qform, found none ({error})", code="E121"
+                ) from error
             _LOG.warning("%s: the qform is not a rotation (%s); the sform is used", path, error)
     affine = np.asarray(header.get_sform(), dtype=np.float64) if codes["sform"] else qform
     assert affine is not None, "one code is set, and an unusable qform alone has been refused"
@@ -454,13 +467,16 @@ def _sequence(path: Path, values: np.ndarray, name: str, channel: int | None, al
         if values.ndim != 3:
             raise InputError(
                 f"{path}: expected a 3-D volume for {name}, found 4-D shape {values.shape}; give one volume per "
-                f"file, or use layout msd for MSD Task01"
+                f"file, or use layout msd for MSD Task01",
+                code="E111",
             )
         return values
     if values.ndim != 4:
-        raise InputError(f"{path}: expected a 4-D file holding {name}, found shape {values.shape}")
+        raise InputError(f"{path}: expected a 4-D file holding {name}, found shape {values.shape}", code="E111")
     if channel is None or not 0 <= channel < values.shape[3]:
-        raise InputError(f"{path}: expected channel {channel} to be {name}, found {values.shape[3]} channels")
+        raise InputError(
+            f"{path}: expected channel {channel} to be {name}, found {values.shape[3]} channels", code="E111"
+        )
     return values[..., channel]
 
 
@@ -477,17 +493,22 @@ def _sequences_of(subject: Subject, path: Path, values: np.ndarray) -> dict[str,
 def _require_usable(affine: np.ndarray, path: Path) -> None:
     """Refuse an affine (4, 4) that is not finite, singular or sheared."""
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
-        raise GeometryError(f"{path}: expected a finite 4x4 affine, found {affine.tolist()}; correct the header")
+        raise GeometryError(
+            f"{path}: expected a finite 4x4 affine, found {affine.tolist()}; correct the header", code="E121"
+        )
     with np.errstate(over="ignore"):
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise GeometryError(f"{path}: expected positive voxel sizes, found {spacing.tolist()}; correct the header")
+        raise GeometryError(
+            f"{path}: expected positive voxel sizes, found {spacing.tolist()}; correct the header", code="E121"
+        )
     axes = affine[:3, :3] / spacing
     shear = float(np.abs(axes.T @ axes - np.eye(3)).max())
     if not shear <= SHEAR_TOLERANCE:
         raise GeometryError(
             f"{path}: expected voxel axes at right angles, found a sheared grid (cosine {shear:.4f}); resample the "
-            f"scan to a rectangular grid"
+            f"scan to a rectangular grid",
+            code="E122",
         )
 
 
@@ -503,13 +524,15 @@ def _require_same_grid(
     if shape != reference_shape:
         raise GeometryError(
             f"{path}: expected shape {reference_shape} of {reference}, found {shape}; co-register and resample the "
-            f"files to one grid"
+            f"files to one grid",
+            code="E150",
         )
     distance = corner_distance(shape, affine, reference_affine)
     if not distance <= GEOMETRY_TOLERANCE_MM:
         raise GeometryError(
             f"{path}: expected the grid of {reference}, found corners up to {distance:.2f} mm apart (tolerance "
-            f"{GEOMETRY_TOLERANCE_MM} mm); co-register and resample the files to one grid"
+            f"{GEOMETRY_TOLERANCE_MM} mm); co-register and resample the files to one grid",
+            code="E150",
         )
 
 
@@ -520,10 +543,13 @@ def _require_signal(volume: np.ndarray, path: Path, name: str) -> None:
         count = int(volume.size - np.isfinite(volume).sum())
         raise InputError(
             f"{path}: expected finite {name} values, found NaN or Inf in {count} voxels ({count / volume.size:.2%}); "
-            f"set them to 0 if they are background"
+            f"set them to 0 if they are background",
+            code="E110",
         )
     if low == high:
-        raise InputError(f"{path}: expected a {name} image, found {low:g} in every voxel; export the sequence again")
+        raise InputError(
+            f"{path}: expected a {name} image, found {low:g} in every voxel; export the sequence again", code="E161"
+        )
 
 
 def _require_classes(path: Path, classes: np.ndarray) -> None:
@@ -605,10 +631,12 @@ def _as_input_error(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise InputError(f"{path}: expected a NIfTI file, found nothing; check the path") from error
+        raise InputError(f"{path}: expected a NIfTI file, found nothing; check the path", code="E105") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: expected a complete gzip stream, found a defect ({error}); copy it again") from error
+        raise InputError(
+            f"{path}: expected a complete gzip stream, found a defect ({error}); copy it again", code="E101"
+        ) from error
     except OSError as error:
-        raise InputError(f"{path}: could not be read ({error})") from error
+        raise InputError(f"{path}: could not be read ({error})", code="E105") from error
     except (HeaderDataError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: expected a valid NIfTI header, found a defect ({error})") from error
+        raise InputError(f"{path}: expected a valid NIfTI header, found a defect ({error})", code="E104") from error

@@ -1,0 +1,75 @@
+"""Checks of one NIfTI header: geometry that contradicts itself, and text that may name a patient."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+
+from fediod_med.data.nifti import GEOMETRY_TOLERANCE_MM, corner_distance
+from fediod_med.findings import Finding, finding
+from fediod_med.resources import NOT_FOR_CLINICAL_USE
+
+# Fields of free text in a NIfTI-1 or NIfTI-2 header.
+_TEXT_FIELDS = ("descrip", "aux_file", "intent_name", "db_name")
+# What converters and this package write there; anything else might be a name.
+_HARMLESS = ("", "none", "fsl", "mrtrix", "spm", "ants", "simpleitk", "itk", "nibabel", "freesurfer", "time=")
+_HEADER_BYTES = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
+
+
+def header_findings(path: Path, *, case: str) -> Iterator[Finding]:
+    """Warnings and privacy findings of a NIfTI header that was found readable.
+
+    Args:
+        path: `.nii` or `.nii.gz`; other formats give nothing here.
+        case: id of the case.
+    """
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        return
+    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
+        start = stream.read(544)
+    size = next((n for n in _HEADER_BYTES for order in ("little", "big") if int.from_bytes(start[:4], order) == n), 0)
+    if not size:
+        return
+    header = _HEADER_BYTES[size](start[:size], check=False)
+    yield from _two_geometries(header, path, case)
+    yield from _private_text(header, start, path, case)
+
+
+def _two_geometries(header: Any, path: Path, case: str) -> Iterator[Finding]:
+    codes = int(header["sform_code"]), int(header["qform_code"])
+    if not all(codes):
+        return
+    try:
+        qform = np.asarray(header.get_qform(), dtype=np.float64)
+    except ValueError:
+        yield finding("W121", case=case, where=path, message="expected a rotation in the qform, found none")
+        return
+    shape = tuple(int(n) for n in header.get_data_shape()[:3])
+    distance = corner_distance(shape, np.asarray(header.get_sform(), dtype=np.float64), qform)
+    if not distance <= GEOMETRY_TOLERANCE_MM:
+        message = (
+            f"expected sform and qform to agree, found corners {distance:.2f} mm apart (codes {codes[0]}, {codes[1]})"
+        )
+        yield finding("W121", case=case, where=path, message=message, value=round(distance, 2))
+
+
+def _private_text(header: Any, start: bytes, path: Path, case: str) -> Iterator[Finding]:
+    """Text is never repeated in a finding: it might be the name."""
+    filled = []
+    for field in _TEXT_FIELDS:
+        if field in header.keys():  # noqa: SIM118 (a header is no mapping)
+            text = bytes(header[field]).split(b"\0")[0].decode("latin-1").strip()
+            known = text.lower().startswith(_HARMLESS[1:]) or text in ("", NOT_FOR_CLINICAL_USE)
+            if not known:
+                filled.append(field)
+    end = int(header["sizeof_hdr"])
+    if len(start) > end and start[end] == 1:
+        filled.append("an extension")
+    if filled:
+        message = f"expected no free text, found some in {', '.join(filled)}; it is not copied to any output"
+        yield finding("P200", case=case, where=path, message=message, value=len(filled))
