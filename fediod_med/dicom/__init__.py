@@ -1,1 +1,1 @@
-"""DICOM in and out: series, recognised sequences, volumes, and segmentations that are read back before they are kept."""
+"""DICOM in and out: series, recognised sequences, volumes, and segmentations that are read back before kept."""
