@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fediod_med"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     # whole-run procedures: the demo, the folder of a distillation run, many scans segmented, and their review
-    ("runs", "cohort", "review"),
+    ("runs", "segmentation", "review"),
     ("case_report",),
     ("reporting", "audit_figures", "export"),
     ("hospitals", "canaries"),  # the hospitals of an embedded run, opened; their mechanisms, audited
@@ -45,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("labels", "pipeline", "progress", "protocol", "resources"),
     ("errors",),
 )
-SIBLINGS_ALLOWED = ("cli", "privacy", "checks", "dicom", "review")  # packages whose files are one unit
+SIBLINGS_ALLOWED = ("cli", "privacy", "checks", "dicom", "review", "segmentation")  # packages whose files are one unit
 
 # Packages that are heavy, optional or part of one boundary only, and the modules that may import them.
 HOMES: dict[str, tuple[str, ...]] = {

@@ -1,0 +1,1 @@
+"""Segmenting new scans: what `fediod segment` and `fediod_med.segment` do."""
