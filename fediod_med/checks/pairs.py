@@ -100,7 +100,7 @@ def swap_findings(scans: Mapping[str, Scan], *, case: str) -> Iterator[Finding]:
     if np.count_nonzero(inside) < _FEWEST:
         return
     z = np.array([_robust(channel[inside]) for channel in values])
-    if not np.isfinite(z).all():
+    if not np.isfinite(z).all() or (z.std(axis=1) == 0).any():
         return
     bright = np.percentile(z, 99.7, axis=1)
     related = np.corrcoef(z)
