@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fediod_med.checks.case import inspect_scans, inspect_subject
 from fediod_med.coregister import Coregistered, coregister
 from fediod_med.data.nifti import Volume
+from fediod_med.errors import SettingsError
 from fediod_med.findings import Finding, RefusedInput, fatal, finding
 from fediod_med.labels import SEQUENCES
 from fediod_med.records import sha256
@@ -52,10 +53,17 @@ def read_case(case: Case, options: SegmentOptions) -> Loaded:
     Raises:
         RefusedInput: with the findings that forbid output.
         InputError: a file that cannot be read at all.
+        SettingsError: DICOM output of a case that is not DICOM.
     """
     began = time.perf_counter()
     if case.problem is not None:
         raise RefusedInput(case.case_id, [finding("E140", case=case.case_id, where=case.case_id, message=case.problem)])
+    dicom = [name for name in options.output_types if name.startswith("dicom")]
+    if dicom and case.study is None:
+        raise SettingsError(
+            f"{case.case_id}: expected DICOM input for {' and '.join(dicom)}, found files of another format; leave the "
+            "output type out, or give the DICOM study"
+        )
     series: Mapping[str, DicomSeries] = {}
     matches: tuple[str, ...] = ()
     if case.study is not None:

@@ -16,7 +16,6 @@ from fediod_med import __version__
 from fediod_med.case_report import CaseReport, write_html, write_png
 from fediod_med.data.nifti import write_label_map, write_segmentation, write_volumes
 from fediod_med.data.transforms import to_native
-from fediod_med.errors import SettingsError
 from fediod_med.findings import Finding
 from fediod_med.inference import Segmentation, case_statistics, privacy_banner, volumes_ml
 from fediod_med.labels import get_scheme
@@ -88,7 +87,6 @@ def write_outputs(computed: Computed, out: Path, *, model: Model, options: Segme
 
     Raises:
         InputError: a file reads back other than it was meant, or the folder cannot be written.
-        SettingsError: DICOM output of a case that is not DICOM.
     """
     began = time.perf_counter()
     loaded, case_id = computed.loaded, computed.loaded.case.case_id
@@ -175,11 +173,6 @@ def _dicom_outputs(computed: Computed, shown: Segmentation, out: Path, options: 
     if not kinds:
         return {}
     loaded = computed.loaded
-    if not loaded.series:
-        raise SettingsError(
-            f"{loaded.case.case_id}: expected DICOM input for {' and '.join(kinds)}, found files of another format; "
-            "leave the output type out, or give the DICOM study"
-        )
     from fediod_med.dicom.segmentation import write_dicom_seg
 
     paths = {}
