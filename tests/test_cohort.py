@@ -257,6 +257,7 @@ def test_tables_lists_and_folders_name_the_same_cases(folder, tmp_path):
     rows = ["PatientID,T1,T1GD,T2,T2FLAIR"]
     entries, lines = [], []
     for case in by_folder:
+        assert case.subject is not None
         images = {name: os.path.relpath(path, tmp_path) for name, path in case.subject.images.items()}
         rows.append(f"{case.case_id},{images['T1']},{images['T1c']},{images['T2']},{images['FLAIR']}")
         entries.append({"case": case.case_id, "image": [images[name] for name in ("FLAIR", "T1", "T1c", "T2")]})
@@ -268,6 +269,7 @@ def test_tables_lists_and_folders_name_the_same_cases(folder, tmp_path):
         found = find_inputs(tmp_path / name)
         assert [case.case_id for case in found] == [case.case_id for case in by_folder]
         for one, other in zip(found, by_folder, strict=True):
+            assert one.subject is not None and other.subject is not None
             assert {k: p.resolve() for k, p in one.subject.images.items()} == {
                 k: p.resolve() for k, p in other.subject.images.items()
             }
