@@ -145,7 +145,6 @@ CATALOGUE: Mapping[str, Code] = {
         Code("E191", "label map on another grid", "resample it to the grid of the scan, by nearest neighbour"),
         Code("E193", "no label map", "add <id>_seg.nii.gz"),
         Code("P200", "text in the header that may name the patient", "remove it before the file leaves the hospital"),
-        Code("P201", "DICOM identity of the patient", "de-identify the series before they leave the hospital"),
     )
 }
 

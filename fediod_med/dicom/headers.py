@@ -75,10 +75,10 @@ def read_file(path: Path, *, pixels: bool) -> Any:
     except (pydicom.errors.InvalidDicomError, OSError, EOFError, ValueError, KeyError, struct.error) as error:
         # The text of the error may quote a header value.
         raise InputError(
-            f"{path}: expected a DICOM file, could not read it ({type(error).__name__}); copy it again"
+            f"{path}: expected a DICOM file, could not read it ({type(error).__name__}); copy it again", code="E101"
         ) from None
     if not known:
-        raise InputError(f"{path}: expected a DICOM file, found no SOP class in it; copy it again")
+        raise InputError(f"{path}: expected a DICOM file, found no SOP class in it; copy it again", code="E101")
     return dataset
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from fediod_med.dicom.headers import load_pydicom, read_file
-from fediod_med.dicom.series import DicomSeries, planes_of
+from fediod_med.dicom.planes import planes_of
+from fediod_med.dicom.series import DicomSeries
 from fediod_med.dicom.volume import geometry
 from fediod_med.errors import GeometryError, InputError, LabelError, SettingsError
 from fediod_med.labels import CLASSES

@@ -15,47 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from fediod_med.dicom.headers import holds_dicom, is_dicom, is_multiframe, number, read_file, text, value
+from fediod_med.dicom.headers import is_dicom, is_multiframe, number, read_file, text, value
+from fediod_med.dicom.planes import Plane, grids_of, heights_of, planes_of, repeats
 from fediod_med.errors import InputError
 from fediod_med.findings import Finding, Severity, finding
 
-__all__ = ["DicomSeries", "Plane", "find_series", "holds_dicom"]
-
-# Two direction cosines that differ by less are one orientation (0.03 degrees).
-ORIENTATION_TOLERANCE = 5e-4
 # Slice spacing may vary by this share, or by this many mm: positions are often rounded to 0.01 mm.
 SPACING_TOLERANCE, SPACING_TOLERANCE_MM = 0.01, 0.021
 # Cosine between the stacking direction and the slice plane above which the stack is sheared (0.06 degrees).
 SHEAR_TOLERANCE = 1e-3
 _NO_IMAGE = frozenset({"SEG", "PR", "KO", "SR", "RTSTRUCT", "RTDOSE", "RTPLAN", "REG", "RWV", "DOC", "FID", "M3D"})
 _SHOWN = 6
-
-
-@dataclass(frozen=True)
-class Plane:
-    """Where one slice lies.
-
-    Attributes:
-        position: `ImagePositionPatient`, centre of its first pixel, mm in LPS+.
-        orientation: `ImageOrientationPatient`, direction cosines of increasing column index, then of row index.
-        spacing: `PixelSpacing`, mm between rows, then between columns.
-        rows: number of rows.
-        columns: number of columns.
-        index: number of the frame in its file, from 0.
-    """
-
-    position: tuple[float, ...]
-    orientation: tuple[float, ...]
-    spacing: tuple[float, ...]
-    rows: int
-    columns: int
-    index: int = 0
-
-    @property
-    def normal(self) -> np.ndarray:
-        """Unit normal (3,) of the slice: row direction times column direction."""
-        normal = np.cross(self.orientation[:3], self.orientation[3:])
-        return np.asarray(normal / np.linalg.norm(normal))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +66,7 @@ class DicomSeries:
     @property
     def spacing_between_slices(self) -> float:
         """Mean distance of neighbouring slices in mm."""
-        heights = _heights(self.planes)
+        heights = heights_of(self.planes)
         return float((heights[-1] - heights[0]) / (len(heights) - 1))
 
 
@@ -113,7 +83,7 @@ def find_series(root: Path, *, case: str) -> tuple[tuple[DicomSeries, ...], tupl
         InputError: not a folder, or no DICOM file below it.
     """
     if not root.is_dir():
-        raise InputError(f"{root}: expected a folder with DICOM files, found none; check the path")
+        raise InputError(f"{root}: expected a folder with DICOM files, found none; check the path", code="E105")
     groups: dict[str, list[tuple[Path, Any]]] = {}
     findings: list[Finding] = []
     passed: Counter[str] = Counter()
@@ -130,7 +100,7 @@ def find_series(root: Path, *, case: str) -> tuple[tuple[DicomSeries, ...], tupl
             continue
         groups.setdefault(str(value(header, "SeriesInstanceUID") or path.parent), []).append((path, header))
     if not groups and not findings and not passed:
-        raise InputError(f"{root}: expected DICOM files, found none in or below it; check the folder")
+        raise InputError(f"{root}: expected DICOM files, found none in or below it; check the folder", code="E105")
     if passed:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(passed.items()))
         findings.append(
@@ -194,13 +164,13 @@ def _series(uid: str, files: Sequence[tuple[Path, Any]], case: str) -> DicomSeri
         count = sum(plane is None for plane in planes) or len(files)
         return refused("E132", f"expected position, orientation and spacing of each slice, absent in {count}", count)
     known = [plane for plane in planes if plane is not None]
-    kinds = _grids(known)
+    kinds = grids_of(known)
     if len(kinds) > 1:
         described = "; ".join(f"{count} of {rows} x {columns} {view}" for (rows, columns, view), count in kinds)
         return refused("E131", f"expected slices of one grid, found {len(kinds)}: {described}", len(kinds))
-    heights = _heights(known)
+    heights = heights_of(known)
     order = [int(i) for i in np.argsort(heights, kind="stable")]
-    same = _same_position(heights[order])
+    same = repeats(heights[order])
     kept, doubles = _without_copies(order, same, series, known)
     if doubles:
         copies = f"dropped {doubles} exact copies of slices"
@@ -215,87 +185,10 @@ def _series(uid: str, files: Sequence[tuple[Path, Any]], case: str) -> DicomSeri
             headers=tuple(series.headers[i] for i in kept),
         )
     series = replace(series, planes=planes_kept)
-    repeated = len(kept) - len(_positions(_heights(planes_kept)))
+    repeated = sum(repeats(heights_of(planes_kept)))
     if repeated:
         return refused("E131", _several_per_position(series, repeated), repeated)
     return replace(series, findings=(*series.findings, *_stack_findings(series, case)))
-
-
-def planes_of(header: Any) -> list[Plane | None]:
-    """The planes of one object, in the order of its frames; `None` for a frame without a place in the patient."""
-    frames = len(header.PerFrameFunctionalGroupsSequence) if is_multiframe(header) else 1
-    return [_plane(header, frame) for frame in range(frames)]
-
-
-def _plane(header: Any, frame: int) -> Plane | None:
-    position = value(header, "ImagePositionPatient", group="PlanePositionSequence", frame=frame)
-    orientation = value(header, "ImageOrientationPatient", group="PlaneOrientationSequence", frame=frame)
-    spacing = value(header, "PixelSpacing", group="PixelMeasuresSequence", frame=frame)
-    try:
-        found = [tuple(float(number) for number in numbers) for numbers in (position, orientation, spacing)]
-    except (TypeError, ValueError):
-        return None
-    if [len(numbers) for numbers in found] != [3, 6, 2] or not all(np.isfinite(numbers).all() for numbers in found):
-        return None
-    along = np.reshape(found[1], (2, 3))
-    orthonormal = np.allclose(along @ along.T, np.eye(2), atol=1e-3)
-    if not orthonormal or min(found[2]) <= 0:
-        return None
-    return Plane(found[0], found[1], found[2], int(header.Rows), int(header.Columns), frame)
-
-
-def _grids(planes: Sequence[Plane]) -> list[tuple[tuple[int, int, str], int]]:
-    """The different grids of slices with the number of slices of each: rows, columns and view."""
-    kinds: list[tuple[Plane, int]] = []
-    for plane in planes:
-        for i, (known, count) in enumerate(kinds):
-            if _alike(plane, known):
-                kinds[i] = (known, count + 1)
-                break
-        else:
-            kinds.append((plane, 1))
-    return [((plane.rows, plane.columns, view_of(plane)), count) for plane, count in kinds]
-
-
-def _alike(one: Plane, other: Plane) -> bool:
-    return (
-        (one.rows, one.columns) == (other.rows, other.columns)
-        and np.allclose(one.orientation, other.orientation, rtol=0, atol=ORIENTATION_TOLERANCE)
-        and np.allclose(one.spacing, other.spacing, rtol=1e-4, atol=0)
-    )
-
-
-def view_of(plane: Plane) -> str:
-    """Axial, coronal or sagittal, whichever a slice is closest to, with the angle where it is oblique."""
-    normal = np.abs(plane.normal)
-    axis = int(np.argmax(normal))
-    angle = float(np.degrees(np.arccos(min(1.0, normal[axis]))))
-    name = ("sagittal", "coronal", "axial")[axis]
-    return name if angle < 1 else f"{name}, {angle:.0f} degrees oblique"
-
-
-def _heights(planes: Sequence[Plane]) -> np.ndarray:
-    """Distance (N,) of each slice from the origin along the normal of the first, mm."""
-    return np.asarray([np.dot(plane.position, planes[0].normal) for plane in planes])
-
-
-def _positions(heights: np.ndarray) -> list[list[int]]:
-    """Indices of ascending heights (N,), grouped by position."""
-    groups: list[list[int]] = []
-    for i, same in enumerate(_same_position(heights)):
-        if same:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
-def _same_position(heights: np.ndarray) -> list[bool]:
-    """For ascending heights (N,): whether each lies where the one before it does."""
-    steps = np.diff(heights)
-    wide = steps[steps > 1e-3]
-    limit = 0.1 * float(np.median(wide)) if wide.size else 1e-3
-    return [False, *(bool(step <= limit) for step in steps)]
 
 
 def _without_copies(
@@ -345,7 +238,7 @@ def _several_per_position(series: DicomSeries, repeated: int) -> str:
 
 def _stack_findings(series: DicomSeries, case: str) -> Iterator[Finding]:
     """Gaps, a sheared stack, and ends that may be missing, for a series with one slice per position."""
-    heights = _heights(series.planes)
+    heights = heights_of(series.planes)
     count = len(heights)
     if count < 2:
         message = f"expected a stack of slices, found {count}"

@@ -133,7 +133,8 @@ def _pick(series: Sequence[DicomSeries], path: Path, wanted: str | Path, name: s
         listed = "; ".join(f"{one.name}, UID {one.uid}" for one in series)
         raise InputError(
             f"{path}: expected one series for {name} = {str(wanted)!r}, found {len(found)}; the study holds: {listed}; "
-            "give a folder, series UID or series number that names one of them"
+            "give a folder, series UID or series number that names one of them",
+            code="E133",
         )
     return found[0]
 

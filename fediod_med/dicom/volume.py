@@ -29,9 +29,9 @@ class StudyVolume:
     """A decoded study.
 
     Attributes:
-        volume: the four sequences on the grid of T1c, or none when an error stands in `findings` or the grids differ.
+        volume: the four sequences on the grid of T1c, or none when there is an error here or in the study.
         scans: each decoded sequence on its own grid; what co-registration starts from.
-        findings: those of the study and what decoding added: E101, E134, E150 and content errors.
+        findings: what decoding added to those of the study: E101, E134, E150 and content errors.
     """
 
     volume: Volume | None
@@ -115,7 +115,7 @@ def read_scans(study: Study) -> tuple[dict[str, Scan], tuple[Finding, ...]]:
         study: from `read_study`.
 
     Returns:
-        Scans by sequence, without those that cannot be decoded, and E101, E134 or E161 for each of these.
+        Scans by sequence, without those that cannot be decoded, and a finding for each of these: E101, E110, E134, E161.
     """
     findings: list[Finding] = []
     scans: dict[str, Scan] = {}
@@ -126,9 +126,7 @@ def read_scans(study: Study) -> tuple[dict[str, Scan], tuple[Finding, ...]]:
         try:
             scans[name] = read_series(series, name)
         except InputError as error:
-            constant = "in every voxel" in str(error)
-            code = "E134" if isinstance(error, UndecodableError) else "E161" if constant else "E101"
-            findings.append(finding(code, case=study.case, where=series.name, message=str(error)))
+            findings.append(finding(error.code, case=study.case, where=series.name, message=str(error)))
     return scans, tuple(findings)
 
 
@@ -139,16 +137,11 @@ def read_volume(study: Study) -> StudyVolume:
         study: from `read_study`.
     """
     scans, undecoded = read_scans(study)
-    findings = (*study.findings, *undecoded)
-    if len(scans) < len(SEQUENCES) or fatal(findings):
-        return StudyVolume(None, scans, findings)
+    if len(scans) < len(SEQUENCES) or fatal((*study.findings, *undecoded)):
+        return StudyVolume(None, scans, undecoded)
     apart = _grid_findings(scans, study)
     volume = None if apart else on_one_grid(scans)
-    return StudyVolume(volume, scans, (*findings, *apart))
-
-
-class UndecodableError(InputError):
-    """Pixel data in a compression that no installed decoder reads."""
+    return StudyVolume(volume, scans, (*undecoded, *apart))
 
 
 def _pixels(dataset: Any, series: DicomSeries) -> np.ndarray:
@@ -157,13 +150,15 @@ def _pixels(dataset: Any, series: DicomSeries) -> np.ndarray:
         pixels = np.asarray(dataset.pixel_array)
     except (NotImplementedError, RuntimeError) as error:
         syntax = getattr(dataset.file_meta.get("TransferSyntaxUID"), "name", "an unknown compression")
-        raise UndecodableError(
-            f"{series.name}: expected pixel data with an installed decoder, found {syntax} ({type(error).__name__})"
+        raise InputError(
+            f"{series.name}: expected pixel data with an installed decoder, found {syntax} ({type(error).__name__})",
+            code="E134",
         ) from None
     except (ValueError, AttributeError, KeyError, TypeError, EOFError) as error:
         raise InputError(
             f"{series.name}: expected whole pixel data, could not decode it ({type(error).__name__}) in "
-            f"{dataset.filename}; copy the file again"
+            f"{dataset.filename}; copy the file again",
+            code="E101",
         ) from None
     if str(dataset.PhotometricInterpretation) == "MONOCHROME1":
         pixels = int(pixels.max()) - pixels.astype(np.int64)
