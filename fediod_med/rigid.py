@@ -20,13 +20,28 @@ from fediod_med.data.nifti import Scan
 from fediod_med.errors import InputError
 from fediod_med.metrics import bounding_box
 
+
+@dataclass(frozen=True)
+class _Level:
+    """One step from coarse to fine: Gaussian sigma, voxels sampled in the head, and sizes of the optimiser's steps."""
+
+    smoothing_mm: float
+    samples: int
+    first_step_mm: float
+    last_step_mm: float
+
+
 # Positions are found on images of about this voxel size: finer ones cost time and change results by < 0.1 mm.
 _WORKING_MM = 2.0
 # Points around the head that take part: its outline is what two contrasts share best.
 _RIM_MM = 8.0
 _BINS = 40
-_SAMPLES = {"coarse": 8_000, "fine": 25_000, "measure": 60_000}
-_SMOOTHING_MM = {"coarse": 4.0, "middle": 2.0, "fine": 0.7}
+_LEVELS = {
+    "coarse": _Level(smoothing_mm=4.0, samples=6_000, first_step_mm=4.0, last_step_mm=0.1),
+    "middle": _Level(smoothing_mm=2.0, samples=15_000, first_step_mm=1.0, last_step_mm=0.02),
+    "fine": _Level(smoothing_mm=0.7, samples=15_000, first_step_mm=0.5, last_step_mm=0.01),
+}
+_MEASURED = 30_000
 _CLOSE_MM = 4.0  # starts closer than this end in the same place
 _POINTS = 4_000  # head points at which displacements are measured
 _FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # between RAS (NIfTI) and LPS (ITK)
@@ -68,25 +83,24 @@ def find_motion(fixed: Scan, moving: Scan, *, seed: int = 1) -> Motion:
     """
     pair = _Pair(fixed, moving)
     starts = pair.starts()
-    coarse = [found for start in starts if (found := pair.refine(start, ("coarse",), "coarse", seed)) is not None]
+    coarse = [found for start in starts if (found := pair.refine(start, ("coarse",), seed)) is not None]
     if not coarse:
         raise InputError(f"{moving.path}: expected a scan of the head in {fixed.path}, found no overlap of the two")
-    best = max(coarse, key=lambda matrix: pair.information(matrix, seed))
+    best = max(coarse, key=lambda matrix: pair.information(matrix, seed)) if len(coarse) > 1 else coarse[0]
     nudge = _about(Rotation.from_euler("xyz", (1.0, -1.0, 1.0), degrees=True), pair.centre, np.array([1.0, 1.0, -1.0]))
     # Two results from different starts and different samples.
     results = [
-        pair.refine(start, ("middle", "fine"), "fine", seed + i)
-        for i, start in enumerate((best, best @ nudge), start=1)
+        pair.refine(start, ("middle", "fine"), seed + i) for i, start in enumerate((best, best @ nudge), start=1)
     ]
     known = [matrix for matrix in results if matrix is not None] or [best]
-    matrix = max(known, key=lambda found: pair.information(found, seed))
+    information, matrix = max(((pair.information(one, seed), one) for one in known), key=lambda found: found[0])
     residual = pair.distance(known[0], known[1]) if len(known) == 2 else float("inf")
     turn = Rotation.from_matrix(matrix[:3, :3]).magnitude()
     return Motion(
         matrix=matrix,
         moved_mm=pair.distance(matrix, np.eye(4)),
         rotation_deg=float(np.degrees(turn)),
-        information=pair.information(matrix, seed),
+        information=information,
         information_before=pair.information(np.eye(4), seed),
         residual_mm=residual,
         covered=pair.covered(matrix),
@@ -197,6 +211,7 @@ class _Pair:
         self.centre = self.points[:, :3].mean(axis=0)
         self.radius = float(np.linalg.norm(self.points[:, :3] - self.centre, axis=1).mean())
         self._other = moving
+        self._blurred: dict[str, tuple[Any, ...]] = {}
         self._bright = _scan_of(self.moving, moving)
 
     def starts(self) -> list[np.ndarray]:
@@ -214,27 +229,28 @@ class _Pair:
                 found.append(shift)
         return found
 
-    def refine(self, start: np.ndarray, levels: Sequence[str], samples: str, seed: int) -> np.ndarray | None:
-        """The motion at the nearest optimum, or `None` where the images do not overlap."""
+    def refine(self, start: np.ndarray, levels: Sequence[str], seed: int) -> np.ndarray | None:
+        """The motion at the nearest optimum, level by level, or `None` where the images do not overlap."""
         import SimpleITK
 
-        method = self._method(samples, seed, levels)
         transform = SimpleITK.Euler3DTransform()
         _set_motion(transform, start, self.centre)
-        method.SetInitialTransform(transform, inPlace=True)
-        method.SetOptimizerAsRegularStepGradientDescent(
-            learningRate=4.0 if samples == "coarse" else 1.0,
-            minStep=0.1 if samples == "coarse" else 0.01,
-            numberOfIterations=100,
-            relaxationFactor=0.6,
-            gradientMagnitudeTolerance=1e-6,
-        )
-        # One radian moves the head by its radius, as that many mm do; ITK's own scales measure at the far corners.
-        method.SetOptimizerScales([self.radius**2] * 3 + [1.0] * 3)
-        try:
-            method.Execute(self.fixed, self.moving)
-        except RuntimeError:  # ITK's word for too few points inside the moving image
-            return None
+        for level in levels:
+            method = self._method(_LEVELS[level].samples, seed)
+            method.SetInitialTransform(transform, inPlace=True)
+            method.SetOptimizerAsRegularStepGradientDescent(
+                learningRate=_LEVELS[level].first_step_mm,
+                minStep=_LEVELS[level].last_step_mm,
+                numberOfIterations=100,
+                relaxationFactor=0.6,
+                gradientMagnitudeTolerance=1e-6,
+            )
+            # One radian moves the head by its radius, as that many mm do; ITK's own scales measure at the far corners.
+            method.SetOptimizerScales([self.radius**2] * 3 + [1.0] * 3)
+            try:
+                method.Execute(*self._images(level))
+            except RuntimeError:  # ITK's word for too few points inside the moving image
+                return None
         return _motion_of(transform)
 
     def information(self, matrix: np.ndarray, seed: int) -> float:
@@ -243,10 +259,10 @@ class _Pair:
 
         transform = SimpleITK.Euler3DTransform()
         _set_motion(transform, matrix, self.centre)
-        method = self._method("measure", seed, ("fine",))
+        method = self._method(_MEASURED, seed)
         method.SetInitialTransform(transform, inPlace=False)
         try:
-            return -float(method.MetricEvaluate(self.fixed, self.moving))
+            return -float(method.MetricEvaluate(*self._images("fine")))
         except RuntimeError:
             return float("-inf")
 
@@ -259,7 +275,19 @@ class _Pair:
         index = (self.points @ (np.linalg.inv(self._other.affine) @ matrix).T)[:, :3]
         return float(((index >= -0.5) & (index <= np.array(self._other.array.shape) - 0.5)).all(axis=1).mean())
 
-    def _method(self, samples: str, seed: int, levels: Sequence[str]) -> Any:
+    def _images(self, level: str) -> tuple[Any, Any]:
+        """Fixed and moving image as blurred as a level wants them."""
+        import SimpleITK
+
+        if level not in self._blurred:
+            sigma = _LEVELS[level].smoothing_mm
+            self._blurred[level] = tuple(
+                SimpleITK.SmoothingRecursiveGaussian(image, sigma) for image in (self.fixed, self.moving)
+            )
+        fixed, moving = self._blurred[level]
+        return fixed, moving
+
+    def _method(self, samples: int, seed: int) -> Any:
         """ITK's registration, set up but for start and optimiser."""
         import SimpleITK
 
@@ -268,11 +296,8 @@ class _Pair:
         method.SetMetricFixedMask(self.mask)
         method.SetMetricSamplingStrategy(method.RANDOM)
         # The percentage is of the whole grid; the mask then drops what lies outside it.
-        method.SetMetricSamplingPercentage(min(1.0, _SAMPLES[samples] / self.voxels), seed)
+        method.SetMetricSamplingPercentage(min(1.0, samples / self.voxels), seed)
         method.SetInterpolator(SimpleITK.sitkLinear)
-        method.SetShrinkFactorsPerLevel([1] * len(levels))
-        method.SetSmoothingSigmasPerLevel([_SMOOTHING_MM[level] for level in levels])
-        method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
         method.SetNumberOfWorkUnits(1)  # sums of several would depend on their order
         return method
 
