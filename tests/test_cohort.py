@@ -341,3 +341,29 @@ def test_dicom_output_of_other_input_is_refused_before_anything_is_written(folde
     assert code == 2
     assert "expected DICOM input" in message
     assert not label_maps(tmp_path / "out")
+
+
+def resident_mb() -> float:
+    """Memory of this process that lies in RAM."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc to ask for resident memory")
+def test_memory_does_not_grow_over_fifty_cases(tmp_path):
+    write_cohort(
+        tmp_path / "in", count=2, seed=4, grid=Grid((96, 96, 96), 2.0), profile=hospital_profiles()[0], prefix="MEM"
+    )
+    folders = sorted(path for path in (tmp_path / "in").glob("*/*") if path.is_dir())
+    rows = [f"case{i:02d},{folders[i % 2]}" for i in range(50)]
+    (tmp_path / "cohort.csv").write_text("case,folder\n" + "\n".join(rows))
+    seen: list[float] = []
+    results = segment_cohort(
+        find_inputs(tmp_path / "cohort.csv"),
+        segmenter(tmp_path / "out", preview=True),
+        on_result=lambda _: seen.append(resident_mb()),
+    )
+    assert [r.status for r in results] == ["done"] * 50
+    one_case_mb = 4 * 96**3 * 4 / 1e6
+    assert max(seen[25:]) - max(seen[5:25]) < one_case_mb  # a leak of one volume a case would be 25 times that
