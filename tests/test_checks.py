@@ -14,12 +14,15 @@ import SimpleITK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
+from typer.testing import CliRunner
 
 from fediod_med.checks.case import inspect_subject
 from fediod_med.checks.pairs import mutual_information
+from fediod_med.cli.main import command_line
 from fediod_med.data.layouts import Subject, find_cases, find_subject
 from fediod_med.data.nifti import write_segmentation
 from fediod_med.data.phantoms import Grid, hospital_profiles, write_cohort
+from fediod_med.errors import FediodError
 from fediod_med.findings import CATALOGUE, Severity, as_json, fatal
 from fediod_med.labels import SEQUENCES, get_scheme
 
@@ -359,3 +362,16 @@ def test_swapped_real_sequences_are_noticed(shared_data):
         images = dict(subject.images)
         images["T1c"], images["T1"] = images["T1"], images["T1c"]
         assert "W142" in {f.code for f in inspect_subject(Subject("swapped", images)).findings}
+
+
+@pytest.mark.parametrize("name", sorted(name for name, (code, _) in BROKEN.items() if code.startswith("E")))
+def test_the_command_refuses_it_in_one_line_and_writes_nothing(case, tmp_path, name):
+    code, damage = BROKEN[name]
+    damage(case / f"{case.name}_t2.nii.gz")
+    words = [f for n in SEQUENCES for f in (f"--{n.lower()}", str(case / f"{case.name}_{SUFFIX[n]}.nii.gz"))]
+    result = CliRunner().invoke(command_line(), ["segment", *words, "-o", str(tmp_path / "out"), "--quiet"])
+    assert isinstance(result.exception, FediodError)  # `main` prints it and exits with code 2
+    message = str(result.exception)
+    assert message.startswith(code)
+    assert "\n" not in message
+    assert not (tmp_path / "out").exists()

@@ -173,6 +173,10 @@ def evaluate(
         write_scores(out, found.scores, findings=found.findings())
         row = summarise(found.scores)
         typer.echo("  ".join(f"{name} {row[name]:.3f}" for name in ("TC", "WT", "ET", "mean")) + f"  -> {out}")
+        if "lesionwise" in row:
+            lesions = row["lesionwise"]["dice"]
+            shown = "  ".join(f"{name} {lesions[name]:.3f}" for name in ("TC", "WT", "ET", "mean"))
+            typer.echo(f"lesion by lesion (BraTS 2023): {shown}")
     if found.missing_predictions or found.failures or not found.scores:
         raise typer.Exit(1)
 
