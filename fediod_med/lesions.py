@@ -138,6 +138,35 @@ def measure_lesions(classes: np.ndarray, affine: np.ndarray, *, brain: np.ndarra
     )
 
 
+def without_small_lesions(
+    classes: np.ndarray, affine: np.ndarray, *, smallest_ml: float
+) -> tuple[np.ndarray, int, float]:
+    """A class map without the lesions (26-connected whole tumour) below a volume; the largest always stays.
+
+    Args:
+        classes: `(X, Y, Z)`, 0 to 3.
+        affine: voxel to world matrix, mm.
+        smallest_ml: lesions of at least this volume stay; 0 keeps all.
+
+    Returns:
+        The class map, the number of lesions taken out, and their volume in ml together.
+    """
+    box = bounding_box(classes != 0)
+    if box is None or smallest_ml <= 0:
+        return classes, 0, 0.0
+    labelled, count = ndimage.label(classes[box] != 0, structure=np.ones((3, 3, 3)))
+    voxel_ml = abs(float(np.linalg.det(np.asarray(affine, dtype=np.float64)[:3, :3]))) / 1000.0
+    sizes = np.bincount(labelled.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    small = sizes * voxel_ml < smallest_ml
+    small[[0, int(sizes.argmax())]] = False
+    if not small.any():
+        return classes, 0, 0.0
+    cleaned = classes.copy()
+    cleaned[box][small[labelled]] = 0
+    return cleaned, int(small.sum()), float(sizes[small].sum()) * voxel_ml
+
+
 def find_midline(shape: tuple[int, ...], affine: np.ndarray, brain: np.ndarray | None = None) -> Midline:
     """The plane that halves the brain's box from left to right; the image's own box without a (non-empty) brain."""
     orientation = io_orientation(affine)

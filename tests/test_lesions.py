@@ -18,7 +18,15 @@ from fediod_med.data.layouts import find_subjects
 from fediod_med.data.nifti import read_label, read_subject
 from fediod_med.errors import GeometryError
 from fediod_med.labels import REGIONS, get_scheme
-from fediod_med.lesions import Lesion, face_centres, find_midline, largest_diameter, measure_lesions, planar_diameters
+from fediod_med.lesions import (
+    Lesion,
+    face_centres,
+    find_midline,
+    largest_diameter,
+    measure_lesions,
+    planar_diameters,
+    without_small_lesions,
+)
 
 SPACING = (2.0, 1.0, 3.0)
 AFFINE = np.array([[2.0, 0, 0, -30], [0, 1.0, 0, -10], [0, 0, 3.0, 5], [0, 0, 0, 1]])
@@ -234,3 +242,24 @@ def test_real_lesions_add_up_to_the_region(shared_data: Path) -> None:
     assert sum(lesion.voxels for lesion in found.regions["WT"]) == np.count_nonzero(classes)
     largest = found.regions["WT"][0]
     assert largest.axial_perpendicular_mm <= largest.axial_diameter_mm <= largest.diameter_mm
+
+
+def test_small_lesions_are_taken_out_but_never_the_largest():
+    classes = np.zeros((20, 20, 20), np.uint8)
+    classes[2:6, 2:6, 2:6] = 2  # 64 voxels
+    classes[3, 3, 3] = 3
+    classes[10:12, 10:12, 10:12] = 1  # 8
+    classes[15, 15, 15] = 3  # touches the next at a corner: one lesion of 2
+    classes[16, 16, 16] = 2
+    affine = np.diag([10.0, 10.0, 1.0, 1.0])  # 0.1 ml a voxel
+    cleaned, count, removed_ml = without_small_lesions(classes, affine, smallest_ml=0.5)
+    assert (count, removed_ml) == (1, pytest.approx(0.2))
+    assert cleaned[15, 15, 15] == 0 and cleaned[16, 16, 16] == 0
+    assert np.count_nonzero(cleaned) == 72 and cleaned[3, 3, 3] == 3
+    cleaned, count, _ = without_small_lesions(classes, affine, smallest_ml=100.0)
+    assert count == 2 and np.count_nonzero(cleaned) == 64
+    assert without_small_lesions(classes, affine, smallest_ml=0.2)[1] == 0  # at least: 0.2 ml stays
+    assert without_small_lesions(classes, affine, smallest_ml=0.0)[0] is classes
+    empty = np.zeros((4, 4, 4), np.uint8)
+    assert without_small_lesions(empty, affine, smallest_ml=1.0)[1:] == (0, 0.0)
+    assert np.count_nonzero(classes) == 74  # the input is not touched

@@ -36,6 +36,9 @@ def segment(
         typer.Option("--output-type", help="nifti, dicom-seg or dicom-labelmap; repeat for several. NIfTI always."),
     ] = None,
     device: Device = "auto",
+    smallest_lesion: Annotated[
+        float, typer.Option(help="Lesions below this many ml are taken out, but for the largest; 0 keeps all.")
+    ] = 0.5,
     fast: Annotated[bool, typer.Option("--fast", help="On a coarser working grid.")] = False,
     coregister: Annotated[bool, typer.Option("--coregister", help="Register T1, T2 and FLAIR to T1c first.")] = False,
     native: Annotated[str, typer.Option(help="With --coregister: whose grid the label map lies on.")] = "T1c",
@@ -72,6 +75,7 @@ def segment(
         report=report,
         probabilities=probabilities,
         uncertainty=uncertainty,
+        smallest_lesion_ml=smallest_lesion,
         fast=fast,
         roi=window,
         overlap=overlap,

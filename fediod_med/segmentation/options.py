@@ -34,6 +34,7 @@ class SegmentOptions:
         report: write `<case>_report.html` and `<case>_report.png`.
         probabilities: write `<case>_probabilities.nii.gz`, classes along the fourth axis.
         uncertainty: write `<case>_entropy.nii.gz`, and `<case>_disagreement.nii.gz` where the run has teachers.
+        smallest_lesion_ml: lesions below this volume are taken out of the label map, but for the largest; 0 keeps all.
         fast: coarser working grid.
         roi: window edge in voxels; the model's when omitted.
         overlap: share of a window covered by its neighbour.
@@ -51,6 +52,7 @@ class SegmentOptions:
     report: bool = False
     probabilities: bool = False
     uncertainty: bool = False
+    smallest_lesion_ml: float = 0.5
     fast: bool = False
     roi: int | None = None
     overlap: float = 0.25
@@ -73,6 +75,8 @@ class SegmentOptions:
             raise SettingsError(
                 f"native grid {self.native}: without --coregister the four sequences share one grid; add --coregister"
             )
+        if not self.smallest_lesion_ml >= 0:
+            raise SettingsError(f"smallest lesion: expected 0 ml or more, found {self.smallest_lesion_ml}")
         if self.scheme is not None:
             get_scheme(self.scheme)
 

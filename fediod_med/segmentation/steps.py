@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from monai.data import MetaTensor
 
 from fediod_med.data.transforms import normalise, to_working_grid
 from fediod_med.findings import Severity
-from fediod_med.inference import default_roi, probabilities_in_memory, segment_volume
+from fediod_med.inference import default_roi, probabilities_in_memory, segment_volume, volumes_ml
+from fediod_med.lesions import without_small_lesions
 from fediod_med.quality import assess
 from fediod_med.segmentation.inputs import Case
 from fediod_med.segmentation.options import Model, SegmentOptions, setting_of
@@ -63,6 +65,17 @@ class CaseSegmenter:
             fast=options.fast,
             keep_probabilities=options.probabilities,
         )
+        kept, removed, removed_ml = without_small_lesions(
+            found.classes, found.affine, smallest_ml=options.smallest_lesion_ml
+        )
+        notes = found.notes
+        if removed:
+            found = replace(found, classes=kept, volumes_ml=volumes_ml(kept, found.affine))
+            notes = (
+                *notes,
+                f"{removed} lesions below {options.smallest_lesion_ml:g} ml taken out, {removed_ml:.2f} ml together; "
+                "--smallest-lesion 0 keeps them",
+            )
         working = found.working
         assert working is not None, "segment_volume keeps it"
         probabilities = working.as_tensor().numpy()
@@ -76,7 +89,6 @@ class CaseSegmenter:
             disagreement=disagreement[0].numpy() if comparable and disagreement is not None else None,
             input_warnings=sum(f.severity is Severity.WARNING for f in loaded.findings),
         )
-        notes = found.notes
         if options.uncertainty and disagreement is None:
             notes = (*notes, "no map of the teachers' disagreement: the model has no two teachers beside it")
         return Computed(loaded, found, quality, entropy, disagreement, notes, time.perf_counter() - began)
