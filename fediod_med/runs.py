@@ -32,7 +32,7 @@ from fediod_med.checkpoints import (
     save_weights,
     write_atomically,
 )
-from fediod_med.data.layouts import Subject, find_cases
+from fediod_med.data.layouts import Subject
 from fediod_med.data.nifti import read_label, read_subject, write_volumes
 from fediod_med.data.phantoms import Grid, Profile, hospital_profiles, write_cohort
 from fediod_med.data.sampler import PublicSampler
@@ -45,12 +45,12 @@ from fediod_med.distillation import (
     distill,
     synthetic_volumes,
 )
-from fediod_med.errors import SettingsError
+from fediod_med.errors import InputError, SettingsError
 from fediod_med.evaluation import SubjectScore, evaluate_predictor, paired_difference, summarise, write_scores
 from fediod_med.export import write_central_bundle
 from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.hospitals import announcement, copy_ledger, open_federation, open_hospital, privacy_record
-from fediod_med.inference import privacy_banner, segment_subject, write_case
+from fediod_med.inference import privacy_banner
 from fediod_med.labels import LabelScheme, get_scheme
 from fediod_med.networks import Generator, build_segmenter
 from fediod_med.prior import train_prior
@@ -59,6 +59,10 @@ from fediod_med.privacy.records import Head
 from fediod_med.progress import Progress, silent
 from fediod_med.records import run_record, write_json
 from fediod_med.resources import NOT_FOR_CLINICAL_USE, public_prior
+from fediod_med.segmentation.cohort import segment_cohort
+from fediod_med.segmentation.inputs import find_inputs
+from fediod_med.segmentation.options import SegmentOptions, load_model
+from fediod_med.segmentation.steps import CaseSegmenter
 from fediod_med.site_gate import open_gate
 from fediod_med.sites import Site, check_disjoint, load_sites
 from fediod_med.teacher import labelled, train_teacher, warm_start
@@ -328,13 +332,15 @@ def run_demo(
         progress=progress,
         announce=announce,
     )
-    network, provenance = load_segmenter(result.bundle / "models" / "model.safetensors")
     progress("segment an unseen scan", 0, 1, "")
-    for subject in find_cases(out / "unseen"):
-        done = segment_subject(subject, network, provenance, device=pick_device(device))
-        paths = write_case(done, out / "segmented", scheme=get_scheme("brats2023"), provenance=provenance)
-        reporting.preview(
-            paths["segmentation"].with_name(f"{done.subject_id}_preview.png"), done, banner=privacy_banner(provenance)
+    options = SegmentOptions(scheme="brats2023", report=True, uncertainty=True)
+    where = pick_device(device)
+    model = load_model(out, device=where, options=options)
+    segmenter = CaseSegmenter(model, options=options, out=out / "segmented", device=where)
+    failed = [found for found in segment_cohort(find_inputs(out / "unseen"), segmenter) if found.status == "failed"]
+    if failed:
+        raise InputError(
+            f"{failed[0].case_id}: the demo's unseen scan could not be segmented: {failed[0].record['reason']}"
         )
     progress("segment an unseen scan", 1, 1, "")
     return result

@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fediod_med"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    # whole-run procedures: the demo, the folder of a distillation run, many scans segmented, and their review
-    ("runs", "segmentation", "review"),
+    ("runs", "review"),  # whole-run procedures: the demo, the folder of a distillation run; reviewing such folders
+    ("segmentation",),  # new scans: read, checked, segmented, written
     ("case_report",),
     ("reporting", "audit_figures", "export"),
     ("hospitals", "canaries"),  # the hospitals of an embedded run, opened; their mechanisms, audited
