@@ -39,7 +39,7 @@ class DicomSeries:
         folder: of its first file.
         paths: one file per slice in the order of `planes`, or the one file of a multi-frame object.
         headers: dataset of each file, without pixel data.
-        planes: one per slice, along the slice normal from the lowest position on.
+        planes: one per slice, from the highest position along the slice normal to the lowest.
         findings: about the stack; with an error among them it cannot become a volume.
     """
 
@@ -67,7 +67,7 @@ class DicomSeries:
     def spacing_between_slices(self) -> float:
         """Mean distance of neighbouring slices in mm."""
         heights = heights_of(self.planes)
-        return float((heights[-1] - heights[0]) / (len(heights) - 1))
+        return float(abs(heights[-1] - heights[0]) / (len(heights) - 1))
 
 
 def find_series(root: Path, *, case: str) -> tuple[tuple[DicomSeries, ...], tuple[Finding, ...]]:
@@ -188,7 +188,15 @@ def _series(uid: str, files: Sequence[tuple[Path, Any]], case: str) -> DicomSeri
     repeated = sum(repeats(heights_of(planes_kept)))
     if repeated:
         return refused("E131", _several_per_position(series, repeated), repeated)
-    return replace(series, findings=(*series.findings, *_stack_findings(series, case)))
+    series = replace(series, findings=(*series.findings, *_stack_findings(series, case)))
+    # highdicom's stacks (slice, row, column) are right-handed, which is down the normal.
+    single = len(series.paths) == len(series.planes)
+    return replace(
+        series,
+        planes=series.planes[::-1],
+        paths=series.paths[::-1] if single else series.paths,
+        headers=series.headers[::-1] if single else series.headers,
+    )
 
 
 def _without_copies(

@@ -115,7 +115,7 @@ def read_scans(study: Study) -> tuple[dict[str, Scan], tuple[Finding, ...]]:
         study: from `read_study`.
 
     Returns:
-        Scans by sequence, without those that cannot be decoded, and a finding for each of these: E101, E110, E134, E161.
+        Scans by sequence, without those that cannot be decoded, and E101, E110, E134 or E161 for each of these.
     """
     findings: list[Finding] = []
     scans: dict[str, Scan] = {}
@@ -161,7 +161,9 @@ def _pixels(dataset: Any, series: DicomSeries) -> np.ndarray:
             code="E101",
         ) from None
     if str(dataset.PhotometricInterpretation) == "MONOCHROME1":
-        pixels = int(pixels.max()) - pixels.astype(np.int64)
+        # White is the lowest value: mirrored within the range of stored values, the same in every slice.
+        top = -1 if int(dataset.PixelRepresentation) else 2 ** int(dataset.BitsStored) - 1
+        pixels = top - pixels.astype(np.int64)
     return pixels
 
 
