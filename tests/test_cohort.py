@@ -367,3 +367,43 @@ def test_memory_does_not_grow_over_fifty_cases(tmp_path):
     assert [r.status for r in results] == ["done"] * 50
     one_case_mb = 4 * 96**3 * 4 / 1e6
     assert max(seen[25:]) - max(seen[5:25]) < one_case_mb  # a leak of one volume a case would be 25 times that
+
+
+def test_an_external_program_strips_the_skull_first(folder, tmp_path):
+    case = sorted(folder.iterdir())[0]
+    script = tmp_path / "strip.py"
+    script.write_text(
+        "import sys, nibabel as nib, numpy as np\n"
+        "image = nib.load(sys.argv[1]); values = np.asarray(image.dataobj)\n"
+        "nib.save(nib.Nifti1Image(np.where(values > 21, values, 0).astype(np.float32), image.affine), sys.argv[2])\n"
+    )
+    clean = fediod_med.segment(case)
+    for path in case.glob("*.nii.gz"):
+        if not path.name.endswith("_seg.nii.gz"):
+            image = nib.load(path)
+            nib.save(nib.Nifti1Image(np.asarray(image.dataobj).astype(np.float32) + 20, image.affine), path)
+    assert "W160" in {f.code for f in fediod_med.segment(case).findings}
+    command = f"{sys.executable} {script} {{input}} {{output}}"
+    found = fediod_med.segment(case, preprocess=command, smallest_lesion_ml=0)
+    assert "W160" not in {f.code for f in found.findings}
+    assert np.mean(found.classes != clean.classes) < 0.05
+    with pytest.raises(SettingsError, match="found none called"):
+        fediod_med.segment(case, preprocess="no-such-program {input} {output}")
+
+
+def test_registered_scans_are_segmented_and_the_map_lies_on_the_chosen_grid(folder, tmp_path):
+    case = sorted(folder.iterdir())[0]
+    flair = next(case.glob("*_flair.nii.gz"))
+    image = nib.load(flair)
+    affine = image.affine.copy()
+    affine[:3, 3] += (3.0, -2.0, 1.0)  # the header is off, as after a patient has moved
+    nib.save(
+        nib.Nifti1Image(np.asarray(image.dataobj)[1:], affine @ nib.affines.from_matvec(np.eye(3), (1, 0, 0))), flair
+    )
+    with pytest.raises(RefusedInput, match="E150"):
+        fediod_med.segment(case)
+    found = fediod_med.segment(case, out=tmp_path / "out", coregister=True, native="FLAIR")
+    written, source = nib.load(found.paths["segmentation"]), nib.load(flair)
+    assert written.shape == source.shape == (31, 32, 32)
+    assert np.array_equal(written.affine, source.affine)
+    assert {f.code for f in found.findings} >= {"N156"}

@@ -42,6 +42,9 @@ def segment(
     fast: Annotated[bool, typer.Option("--fast", help="On a coarser working grid.")] = False,
     coregister: Annotated[bool, typer.Option("--coregister", help="Register T1, T2 and FLAIR to T1c first.")] = False,
     native: Annotated[str, typer.Option(help="With --coregister: whose grid the label map lies on.")] = "T1c",
+    preprocess_cmd: Annotated[
+        str | None, typer.Option(help="Program run on each case first: 'hd-bet -i {input} -o {output}'.")
+    ] = None,
     preview: Annotated[bool, typer.Option(help="Also write a tri-planar PNG.")] = True,
     statistics: Annotated[bool, typer.Option(help="Also write volumes, lesions and quality as JSON.")] = True,
     report: Annotated[bool, typer.Option("--report", help="Also write a page per case, HTML and PNG.")] = False,
@@ -83,6 +86,7 @@ def segment(
         strict=strict,
         coregister=coregister,
         native=native,
+        preprocess=preprocess_cmd,
         compile_network=compile_network,
     )
     cases = part_of(_cases(scan, {"T1c": t1c, "T1": t1, "T2": t2, "FLAIR": flair}), parts=num_parts, part=part_id)

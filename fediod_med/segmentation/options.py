@@ -17,6 +17,7 @@ from fediod_med.checkpoints import Provenance, load_segmenter
 from fediod_med.errors import SettingsError
 from fediod_med.export import find_weights
 from fediod_med.labels import SEQUENCES, get_scheme
+from fediod_med.preprocess import parse_command
 from fediod_med.records import sha256
 
 OUTPUT_TYPES = ("nifti", "dicom-seg", "dicom-labelmap")
@@ -42,6 +43,7 @@ class SegmentOptions:
         strict: warnings about the input forbid output too.
         coregister: register T1, T2 and FLAIR to T1c first.
         native: sequence whose grid the label map is written on.
+        preprocess: external command run on each case first, with `{input}` and `{output}`; see `preprocess`.
         compile_network: run the network through `torch.compile`.
     """
 
@@ -60,6 +62,7 @@ class SegmentOptions:
     strict: bool = False
     coregister: bool = False
     native: str = "T1c"
+    preprocess: str | None = None
     compile_network: bool = False
 
     def __post_init__(self) -> None:
@@ -77,6 +80,8 @@ class SegmentOptions:
             )
         if not self.smallest_lesion_ml >= 0:
             raise SettingsError(f"smallest lesion: expected 0 ml or more, found {self.smallest_lesion_ml}")
+        if self.preprocess is not None:
+            parse_command(self.preprocess)
         if self.scheme is not None:
             get_scheme(self.scheme)
 

@@ -9,17 +9,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fediod_med.checks.case import inspect_scans, inspect_subject
+from fediod_med.checks.values import value_findings
 from fediod_med.coregister import Coregistered, coregister
-from fediod_med.data.nifti import Volume
+from fediod_med.data.nifti import Scan, Volume
 from fediod_med.errors import SettingsError
 from fediod_med.findings import Finding, RefusedInput, fatal, finding
 from fediod_med.labels import SEQUENCES
+from fediod_med.preprocess import parse_command, preprocess
 from fediod_med.records import sha256
 from fediod_med.segmentation.inputs import Case
 from fediod_med.segmentation.options import SegmentOptions
 
 if TYPE_CHECKING:
     from fediod_med.dicom.series import DicomSeries
+
+# Findings about intensities, which an external program changes.
+_OF_VALUES = ("W160", "W162", "W173")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +69,7 @@ def read_case(case: Case, options: SegmentOptions) -> Loaded:
             f"{case.case_id}: expected DICOM input for {' and '.join(dicom)}, found files of another format; leave the "
             "output type out, or give the DICOM study"
         )
+    strict = options.strict and options.preprocess is None  # what the program mends is judged after it
     series: Mapping[str, DicomSeries] = {}
     matches: tuple[str, ...] = ()
     if case.study is not None:
@@ -71,7 +77,7 @@ def read_case(case: Case, options: SegmentOptions) -> Loaded:
         from fediod_med.dicom.volume import read_volume
 
         study = read_study(case.study, case=case.case_id, chosen=case.chosen)
-        _refuse(case, study.findings, options)
+        _refuse(case, study.findings, strict=strict)
         decoded = read_volume(study)
         before = [*study.findings, *(found for found in decoded.findings if found.code != "E150")]  # checked below
         inspection = inspect_scans(decoded.scans, case=case.case_id, one_grid=not options.coregister, before=before)
@@ -81,16 +87,22 @@ def read_case(case: Case, options: SegmentOptions) -> Loaded:
         subject = case.subject
         inspection = inspect_subject(subject, one_grid=not options.coregister)
         findings = inspection.findings
-    _refuse(case, findings, options)
+    _refuse(case, findings, strict=strict)
     registration = None
     if options.coregister:
         registration = coregister(inspection.scans, case=case.case_id)
         findings = (*findings, *registration.findings)
-        _refuse(case, findings, options)
+        _refuse(case, findings, strict=strict)
         volume = registration.volume
     else:
         volume = inspection.volume
     assert volume is not None, "there is no error among the findings"
+    if options.preprocess is not None:
+        volume = preprocess(volume, parse_command(options.preprocess), case=case.case_id)
+        stripped = {name: Scan(volume.array[i], volume.affine, volume.path) for i, name in enumerate(SEQUENCES)}
+        again = (found for name, scan in stripped.items() for found in value_findings(scan, name, case=case.case_id))
+        findings = (*(found for found in findings if found.code not in _OF_VALUES), *again)
+        _refuse(case, findings, strict=options.strict)
     seconds = time.perf_counter() - began
     return Loaded(case, volume, series, matches, registration, findings, input_files(case), seconds)
 
@@ -112,7 +124,7 @@ def input_files(case: Case) -> dict[str, str]:
     return {str(path): sha256(path) for path in dict.fromkeys(case.subject.images[name] for name in SEQUENCES)}
 
 
-def _refuse(case: Case, findings: tuple[Finding, ...], options: SegmentOptions) -> None:
-    refused = fatal(findings, strict=options.strict)
+def _refuse(case: Case, findings: tuple[Finding, ...], *, strict: bool) -> None:
+    refused = fatal(findings, strict=strict)
     if refused:
         raise RefusedInput(case.case_id, refused)
