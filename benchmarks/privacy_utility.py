@@ -32,6 +32,7 @@ from fediod_med.privacy.calibration import Part, plan_noise
 from fediod_med.privacy.mechanisms import Mechanism
 from fediod_med.privacy.noise import poisson_draw
 from fediod_med.privacy.row_loss import per_row_dice_ce
+from fediod_med.privacy.subspace import public_share
 from fediod_med.privacy.trainable import select_trainable
 from fediod_med.privacy.training import PrivateSchedule, autocast, rate, train_private
 from fediod_med.resources import public_prior
@@ -137,12 +138,18 @@ def one(
     if math.isinf(epsilon):
         return train_plain(network, patients, public, q=EXPECTED.get(n, n / 2) / n, learning_rate=1e-3)
     select_trainable(network, which)
+    planned = mechanism(epsilon, n)
     schedule = PrivateSchedule(
-        mechanism(epsilon, n),
+        planned,
         clip_norm=clip,
         learning_rate=learning_rate,
         optimizer=optimizer,
-        public_weight=REHEARSAL,
+        public_weight=public_share(
+            REHEARSAL,
+            noise_multiplier=planned.noise_multiplier,
+            expected_patients=planned.sample_rate * n,
+            dimensions=subspace,
+        ),
         subspace=subspace,
         precision="bfloat16",
     )

@@ -25,6 +25,7 @@ from fediod_med.errors import PrivacyError
 from fediod_med.privacy.gate import Gate
 from fediod_med.privacy.policy import PrivacyPolicy
 from fediod_med.privacy.row_loss import per_row_dice_ce
+from fediod_med.privacy.subspace import public_share
 from fediod_med.privacy.trainable import select_trainable
 from fediod_med.privacy.training import Checkpoints, PrivateSchedule, PrivateTrainer, PublicDraw, train_private
 from fediod_med.sites import Site
@@ -40,14 +41,20 @@ def private_schedule(site: Site, policy: PrivacyPolicy, *, init: str, device: to
         device: decides the precision.
     """
     part = policy.part("teacher")
+    subspace = site.subspace if site.rehearsal else 0  # without public crops there is nothing to span it
     return PrivateSchedule(
         mechanism=part.planned,
         clip_norm=part.clip_norm,
         learning_rate=site.private_rate,
         physical_batch=site.physical_batch,
         precision=private_precision(device),
-        public_weight=site.rehearsal,
-        subspace=site.subspace if site.rehearsal else 0,  # without public crops there is nothing to span it
+        public_weight=public_share(
+            site.rehearsal,
+            noise_multiplier=part.planned.noise_multiplier,
+            expected_patients=part.planned.sample_rate * policy.patients,
+            dimensions=subspace,
+        ),
+        subspace=subspace,
         extra={
             "network": json.dumps(site.network(), sort_keys=True),
             "init": init,

@@ -16,7 +16,7 @@ from fediod_med.networks import build_segmenter
 from fediod_med.privacy.noise import NoiseSource, SeededNoise
 from fediod_med.privacy.optimizer import PatientOptimizer, patient_gradient, public_gradient
 from fediod_med.privacy.row_loss import per_row_dice_ce
-from fediod_med.privacy.subspace import SubspaceOptimizer, flatten, public_basis, unflatten
+from fediod_med.privacy.subspace import SubspaceOptimizer, flatten, public_basis, public_share, unflatten
 
 
 class Silent(SeededNoise):
@@ -165,3 +165,16 @@ def test_it_serves_a_real_network():
     assert torch.allclose(found, (whole @ basis.T) @ basis, atol=1e-4 * float(whole.norm()))
     assert 0 < float(found.norm()) <= float(whole.norm()) * (1 + 1e-5)
     assert math.isfinite(float(found.norm()))
+
+
+def test_the_public_share_grows_as_noise_drowns_the_patients():
+    def share(sigma: float, expected: float, k: int = 64) -> float:
+        return public_share(0.5, noise_multiplier=sigma, expected_patients=expected, dimensions=k)
+
+    assert share(1.0, 16.0) == 0.5  # r = 2: noise of half the clip norm
+    assert share(1.0, 1000.0) == 0.5
+    assert share(2.0, 16.0) == 0.75  # r = 1
+    assert share(1e6, 16.0) == pytest.approx(1.0, abs=1e-5)
+    assert share(0.0, 16.0) == share(5.0, 16.0, k=0) == 0.5
+    values = [share(sigma, 16.0) for sigma in (0.5, 1.0, 2.0, 4.0, 8.0)]
+    assert values == sorted(values)

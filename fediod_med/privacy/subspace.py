@@ -12,6 +12,7 @@ privacy, and the bound on a patient's influence is that of the clipped coefficie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -64,6 +65,25 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of `flatten`, in shapes and types of `like`."""
     sizes = [tensor.numel() for tensor in like]
     return [part.reshape(t.shape).to(t.dtype) for part, t in zip(vector.split(sizes), like, strict=True)]
+
+
+def public_share(least: float, *, noise_multiplier: float, expected_patients: float, dimensions: int) -> float:
+    """Share of the public gradient in a step, larger the more the noise drowns the private one.
+
+    `1 - (1 - least) * min(1, r / 2)` with `r = q n / (sigma sqrt(k))`: the clip norm over the norm of the noise on the
+    k averaged coefficients. Below r = 2 each step leans on public data, so that training with few patients or a small
+    budget falls back on rehearsal instead of following noise. Only planned numbers enter: it costs nothing.
+
+    Args:
+        least: share where noise is small.
+        noise_multiplier: sigma.
+        expected_patients: q * n.
+        dimensions: k.
+    """
+    if noise_multiplier == 0 or dimensions == 0:
+        return least
+    ratio = expected_patients / (noise_multiplier * math.sqrt(dimensions))
+    return 1 - (1 - least) * min(1.0, ratio / 2)
 
 
 class SubspaceOptimizer:
