@@ -103,7 +103,13 @@ class SlidingInferer(Inferer):
             sliding_logits(volume, lambda x: network(x, *args, **kwargs), self.window, device=inputs.device)
             for volume in inputs
         ]
-        return torch.stack(volumes)
+        found = torch.stack(volumes)
+        if not isinstance(inputs, MetaTensor):
+            return found
+        located = MetaTensor(found)  # as MONAI's own inferers: the logits lie where the volume lies
+        located.is_batch = inputs.is_batch
+        located.copy_meta_from(inputs)
+        return located
 
 
 def with_less_memory(

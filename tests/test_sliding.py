@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor, decollate_batch, list_data_collate
 from monai.inferers import SlidingWindowInferer
 from torch import nn
 
@@ -81,6 +82,15 @@ def test_the_inferer_gives_what_the_function_gives():
     batch = SlidingInferer(window)(image, network)
     assert batch.shape == (2, 4, 20, 20, 20)
     assert torch.equal(batch[1], sliding_logits(image[1], network, window, device=CPU))
+
+
+def test_the_inferer_keeps_the_geometry_of_a_batch():
+    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
+    batch = list_data_collate([MetaTensor(noise(4, 16, 16, 16), affine=affine)])
+    found = SlidingInferer(Window(16))(batch, Local())
+    assert isinstance(found, MetaTensor)
+    (one,) = decollate_batch(found)
+    assert torch.equal(one.affine, affine)
 
 
 @pytest.mark.parametrize("settings", [{"roi": 4}, {"overlap": 1.0}, {"overlap": -0.1}, {"batch": 0}])
