@@ -66,7 +66,8 @@ def write_dicom_seg(
     """Write a class map that lies on the grid of a DICOM series as a Segmentation of that series.
 
     The file is written beside its destination, synced, read back, compared voxel for voxel with `classes`, and only
-    then renamed. Axes may be permuted or flipped against those of the series; nothing is ever resampled.
+    then renamed. Axes may be permuted or flipped against those of the series; nothing is ever resampled. Slices of
+    fewer than 8 pixels are refused as `BINARY`: highdicom 0.28 packs their bits wrongly, which reading back shows.
 
     Args:
         path: `.dcm`; missing parent folders are made.
@@ -217,7 +218,13 @@ def _verify(path: Path, written: Path, mask: Any) -> None:
     dataset = read_file(written, pixels=True)
     binary = str(dataset.SegmentationType) == "BINARY"
     slices, rows, columns = mask.spatial_shape
-    pixels = np.asarray(dataset.pixel_array).reshape(-1, rows, columns)
+    try:
+        pixels = np.asarray(dataset.pixel_array).reshape(-1, rows, columns)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: expected to read back what was written, found pixel data that cannot be decoded "
+            f"({type(error).__name__}); the file was not kept"
+        ) from None
     planes = planes_of(dataset)
     expected_orientation = np.concatenate([mask.unit_vectors()[2], mask.unit_vectors()[1]])
     found = np.zeros(mask.spatial_shape, dtype=np.uint8)
