@@ -144,6 +144,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object]]] = {
     "some text in gzip": ("E104", lambda p: p.write_bytes(gzip.compress(b"not a scan " * 99))),
     "an impossible number of dimensions": ("E104", lambda p: patch(p, dim=[9, 48, 48, 48, 1, 1, 1, 1])),
     "removed file": ("E105", lambda p: p.unlink()),
+    "a folder of that name": ("E105", lambda p: (p.unlink(), p.mkdir())),
     "header of a pair": ("E106", pair_header),
     "NaN": ("E110", lambda p: rewrite(p, with_value(np.nan))),
     "infinite": ("E110", lambda p: rewrite(p, with_value(np.inf))),
@@ -156,20 +157,33 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object]]] = {
     "sheared": ("E122", sheared),
     "metres": ("E123", lambda p: patch(p, xyzt_units=1)),
     "the same scan twice": ("E141", copy_of("T1")),
+    "the same scan on another scale": (
+        "E141",
+        lambda p: p.write_bytes(gzip.compress(scaled(file_of(p.parent, "T1"), 3, 20))),
+    ),
     "one slice less": ("E150", lambda p: rewrite(p, lambda v: v[:, :, :-1])),
     "another position": ("E150", moved),
     "constant": ("E161", lambda p: rewrite(p, lambda v: np.full_like(v, 3))),
     "all zero": ("E161", lambda p: rewrite(p, np.zeros_like)),
     "two contradictory geometries": ("W121", lambda p: patch(p, qoffset_x=30.0)),
     "swapped with T1": ("W142", lambda p: swap(p, file_of(p.parent, "T1"))),
+    "swapped with FLAIR": ("W142", lambda p: swap(p, file_of(p.parent, "FLAIR"))),
     "moved content": ("W151", lambda p: rewrite(p, lambda v: np.roll(v, 2, axis=1))),
     "a skull": ("W160", lambda p: rewrite(p, lambda v: v + 20)),
     "a scrap of brain": ("W162", lambda p: rewrite(p, lambda v: np.where(scrap(v.shape), v, 0))),
     "negative values": ("W173", lambda p: rewrite(p, lambda v: np.where(v > 0, v - 2 * v.mean(), 0))),
+    "a negative scale": ("W173", lambda p: patch(p, scl_slope=-1.0, scl_inter=0.0)),
     "two values": ("W173", lambda p: rewrite(p, lambda v: (v > 0).astype(np.float32))),
     "a name in the description": ("P200", lambda p: patch(p, descrip=b"Jane Doe 1961-02-03")),
     "a name in an extension": ("P200", extension),
 }
+
+
+def scaled(path: Path, factor: float, offset: float) -> bytes:
+    """A NIfTI file with other values of the same scan, zero outside the brain."""
+    image = nib.load(path)
+    values = np.asarray(image.dataobj, np.float32)
+    return nib.Nifti1Image(np.where(values != 0, values * factor + offset, 0), image.affine).to_bytes()
 
 
 def swap(one: Path, other: Path) -> None:
@@ -213,6 +227,50 @@ def test_a_broken_file_gets_its_code_and_no_volume_with_an_error(case, name):
     assert found[code].fix == CATALOGUE[code].fix
     assert found[code].message
     assert "Jane" not in as_json(inspection.findings)
+
+
+@pytest.mark.parametrize(
+    ("code", "content"),
+    [
+        ("E101", lambda raw: raw[: len(raw) // 2]),
+        ("E102", gzip.compress),
+        ("E103", lambda raw: b""),
+        ("E104", lambda raw: raw[:200]),
+        ("E104", lambda raw: b"\x89PNG" + raw[4:]),
+    ],
+)
+def test_uncompressed_files_are_checked_alike(case, code, content):
+    images = dict(subject_of(case).images)
+    images["T2"] = case / "t2.nii"
+    images["T2"].write_bytes(content(gzip.decompress(file_of(case, "T2").read_bytes())))
+    assert {f.code for f in fatal(inspect_subject(Subject("plain", images)).findings)} == {code}
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("change", ["cut", "padded"])
+def test_one_voxel_more_or_less_along_any_axis_is_another_grid(case, axis, change):
+    def other(values: np.ndarray) -> np.ndarray:
+        if change == "cut":
+            return np.delete(values, -1, axis=axis)
+        return np.pad(values, [(0, int(a == axis)) for a in range(3)])
+
+    rewrite(file_of(case, "T1"), other)
+    assert {f.code for f in fatal(inspect_subject(subject_of(case)).findings)} == {"E150"}
+
+
+def test_a_name_in_an_nrrd_field_is_noticed_and_not_repeated(case):
+    images = dict(subject_of(case).images)
+    image = SimpleITK.ReadImage(str(images["T2"]))
+    for key in image.GetMetaDataKeys():
+        image.EraseMetaData(key)
+    images["T2"] = case / "t2.nrrd"
+    SimpleITK.WriteImage(image, str(images["T2"]))
+    assert "P200" not in {f.code for f in inspect_subject(Subject("nrrd", images)).findings}
+    image.SetMetaData("0010|0010", "Doe^Jane")
+    SimpleITK.WriteImage(image, str(images["T2"]))
+    findings = inspect_subject(Subject("nrrd", images)).findings
+    assert "P200" in {f.code for f in findings}
+    assert "Jane" not in as_json(findings)
 
 
 def test_the_corner_distance_is_stated_in_mm(case):
@@ -357,10 +415,11 @@ def test_real_scans_raise_no_error_and_no_false_suspicion(shared_data):
         assert not found & {"W142", "W151", "W160", "W162"}, (subject.subject_id, found)
 
 
-def test_swapped_real_sequences_are_noticed(shared_data):
+@pytest.mark.parametrize(("one", "other"), [("T1c", "T1"), ("T1", "T2"), ("T2", "FLAIR")])
+def test_swapped_real_sequences_are_noticed(shared_data, one, other):
     for subject in find_cases(shared_data / "brats18_2mm")[:4]:
         images = dict(subject.images)
-        images["T1c"], images["T1"] = images["T1"], images["T1c"]
+        images[one], images[other] = images[other], images[one]
         assert "W142" in {f.code for f in inspect_subject(Subject("swapped", images)).findings}
 
 

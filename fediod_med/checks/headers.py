@@ -1,8 +1,9 @@
-"""Checks of one NIfTI header: geometry that contradicts itself, and text that may name a patient."""
+"""Checks of one header: geometry that contradicts itself, inverted intensities, text that may name a patient."""
 
 from __future__ import annotations
 
 import gzip
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import nibabel
 import numpy as np
 
+from fediod_med.data.itk_formats import is_itk_format
 from fediod_med.data.nifti import GEOMETRY_TOLERANCE_MM, corner_distance
 from fediod_med.findings import Finding, finding
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
@@ -18,16 +20,21 @@ from fediod_med.resources import NOT_FOR_CLINICAL_USE
 _TEXT_FIELDS = ("descrip", "aux_file", "intent_name", "db_name")
 # What converters and this package write there; anything else might be a name.
 _HARMLESS = ("", "none", "fsl", "mrtrix", "spm", "ants", "simpleitk", "itk", "nibabel", "freesurfer", "time=")
+# Keys of DICOM attributes ("0010|0010", "DICOM_0010_0010") and names by which tools keep them.
+_NAMES_SOMEONE = re.compile(r"(?i)^(dicom[_:.]?)?(0008|0010|0020|0040)[|_,][0-9a-f]{4}|patient|birth|subject|accession")
 _HEADER_BYTES = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
 
 
 def header_findings(path: Path, *, case: str) -> Iterator[Finding]:
-    """Warnings and privacy findings of a NIfTI header that was found readable.
+    """Warnings and privacy findings of a header that was found readable.
 
     Args:
-        path: `.nii` or `.nii.gz`; other formats give nothing here.
+        path: NIfTI, NRRD or MetaImage; other formats give nothing here.
         case: id of the case.
     """
+    if is_itk_format(path):
+        yield from _private_fields(path, case)
+        return
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         return
     with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
@@ -37,6 +44,10 @@ def header_findings(path: Path, *, case: str) -> Iterator[Finding]:
         return
     header = _HEADER_BYTES[size](start[:size], check=False)
     yield from _two_geometries(header, path, case)
+    slope = float(header["scl_slope"])
+    if slope < 0:
+        message = f"expected brighter tissue to have larger values, found a negative scale (scl_slope {slope:g})"
+        yield finding("W173", case=case, where=path, message=message, value=slope)
     yield from _private_text(header, start, path, case)
 
 
@@ -71,5 +82,24 @@ def _private_text(header: Any, start: bytes, path: Path, case: str) -> Iterator[
     if len(start) > end and start[end] == 1:
         filled.append("an extension")
     if filled:
-        message = f"expected no free text, found some in {', '.join(filled)}; it is not copied to any output"
-        yield finding("P200", case=case, where=path, message=message, value=len(filled))
+        yield _text_finding(filled, path, case)
+
+
+def _private_fields(path: Path, case: str) -> Iterator[Finding]:
+    """Fields of NRRD and MetaImage that converters take over from DICOM, or name after the patient."""
+    import SimpleITK
+
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:  # the reader of values says what is wrong with it
+        return
+    named = [key for key in reader.GetMetaDataKeys() if _NAMES_SOMEONE.search(key) and reader.GetMetaData(key).strip()]
+    if named:
+        yield _text_finding([f"{len(named)} fields"], path, case)
+
+
+def _text_finding(filled: list[str], path: Path, case: str) -> Finding:
+    message = f"expected no free text, found some in {', '.join(filled)}; it is not copied to any output"
+    return finding("P200", case=case, where=path, message=message, value=len(filled))

@@ -7,6 +7,7 @@ bad ones.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -21,9 +22,10 @@ _SAMPLE_MM = 4.0
 _BINS = 24
 _SHIFTS = (-2, -1, 1, 2)  # sampled voxels: up to 8 mm
 _FEWEST = 300  # voxels that statistics need
-_SAME = 0.999
+# Correlation of one scan with itself after scaling and rounding; two good scans reach .93.
+_SAME = 0.9995
 # Margins of the rules, with what good scans have: see `swap_findings`.
-_T1_OVER_T1C, _T2_OVER_T1, _CSF = 1.15, 0.1, 1.5
+_T1_OVER_T1C, _RESEMBLES = 1.15, 0.1
 
 
 def grid_pairs(scans: Mapping[str, Scan], *, case: str, one_grid: bool = True) -> Iterator[Finding]:
@@ -49,12 +51,29 @@ def grid_pairs(scans: Mapping[str, Scan], *, case: str, one_grid: bool = True) -
 def identity_pairs(scans: Mapping[str, Scan], *, case: str) -> Iterator[Finding]:
     """Whether two sequences hold the same values, or the same up to scale."""
     hashes: dict[bytes, str] = {}
+    first: list[str] = []
     for name in SEQUENCES:
         digest = hashlib.sha256(np.ascontiguousarray(scans[name].array).data).digest()
         other = hashes.setdefault(digest, name)
         if other != name:
             message = f"expected different scans, found the same values for {other} and {name}"
             yield finding("E141", case=case, where=scans[name].path, message=message)
+        else:
+            first.append(name)
+    sampled = _sampled(scans) if len({scan.array.shape for scan in scans.values()}) == 1 else None
+    if sampled is None:
+        return
+    values, brain, _ = sampled
+    for one, other in itertools.combinations(first, 2):
+        a, b = (values[SEQUENCES.index(name)][brain].astype(np.float64) for name in (one, other))
+        if a.std() == 0 or b.std() == 0:
+            continue
+        related = float(np.corrcoef(a, b)[0, 1])
+        if related > _SAME:
+            message = (
+                f"expected different scans, found {other} to be {one} on another scale (correlation {related:.5f})"
+            )
+            yield finding("E141", case=case, where=scans[other].path, message=message, value=round(related, 5))
 
 
 def register_findings(scans: Mapping[str, Scan], *, case: str) -> Iterator[Finding]:
@@ -85,12 +104,14 @@ def register_findings(scans: Mapping[str, Scan], *, case: str) -> Iterator[Findi
 
 
 def swap_findings(scans: Mapping[str, Scan], *, case: str) -> Iterator[Finding]:
-    """Whether the sequences look as their names say, by three rules on intensities in the brain.
+    """Whether the sequences look as their names say, by four rules on intensities in the brain.
 
     - T1c has vessels and enhancing tissue: its brightest voxels (percentile 99.7, in interquartile ranges above the
       median) are brighter than those of T1. Good scans: ratio T1 / T1c at most .82.
-    - T1 resembles T1c more than T2 does: correlation T2-T1c minus T1-T1c at most -.11 on good scans.
-    - Where T1 is darkest (mostly fluid), T2 is brighter than FLAIR: FLAIR minus T2 at most .76 on good scans.
+    - T1 resembles T1c more than T2 and FLAIR do: correlation T2-T1c minus T1-T1c at most -.31 on good scans,
+      FLAIR-T1c minus T1-T1c at most -.03.
+    - Fluid is dark in T1 and FLAIR and bright in T2, so FLAIR resembles T1 more than T2 does: correlation T2-T1 minus
+      FLAIR-T1 at most -.18 on good scans.
     """
     sampled = _sampled(scans)
     if sampled is None:
@@ -104,17 +125,13 @@ def swap_findings(scans: Mapping[str, Scan], *, case: str) -> Iterator[Finding]:
         return
     bright = np.percentile(z, 99.7, axis=1)
     related = np.corrcoef(z)
-    fluid = z[1] <= np.percentile(z[1], 6)
-    csf = float(np.median(z[3][fluid]) - np.median(z[2][fluid]))
+    t2, flair = related[0, 2] - related[0, 1], related[0, 3] - related[0, 1]
+    fluid = related[1, 2] - related[1, 3]
     rules = (
         ("T1c", "T1", bright[1] > _T1_OVER_T1C * bright[0], "T1 has brighter spots than T1c", bright[1] / bright[0]),
-        (
-            *("T1", "T2"),
-            related[0, 2] > related[0, 1] + _T2_OVER_T1,
-            "T2 resembles T1c more than T1 does",
-            related[0, 2],
-        ),
-        ("T2", "FLAIR", csf > _CSF, "fluid is darker in T2 than in FLAIR", csf),
+        ("T1", "T2", t2 > _RESEMBLES, "T2 resembles T1c more than T1 does", t2),
+        ("T1", "FLAIR", flair > _RESEMBLES, "FLAIR resembles T1c more than T1 does", flair),
+        ("T2", "FLAIR", fluid > _RESEMBLES, "T2 resembles T1 more than FLAIR does", fluid),
     )
     for first, second, swapped, reason, value in rules:
         if swapped:
