@@ -87,7 +87,7 @@ def test_a_nifti_mask_comes_back_voxel_for_voxel(view, flip, multiframe, kind, c
     flip=st.sets(st.integers(0, 2)),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_grid(shape, spacing, turn, origin, view, flip, seed, tmp_path_factory) -> None:
     _, rows, columns = VIEWS[view]
     assume(shape[rows] * shape[columns] >= 8)  # below: see the test that follows
@@ -334,5 +334,7 @@ def test_dciodvfy_finds_no_error(written) -> None:
     done = subprocess.run([program, "-new", written], capture_output=True, text=True, check=False)
     errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("Error")]
     if pydicom.dcmread(written).SegmentationType == "LABELMAP" and any("Object Not found" in line for line in errors):
-        pytest.skip("this dciodvfy is older than Label Map Segmentation Storage (2024) and does not know the object")
+        # It says so, and takes the background segment, number 0, for an error of the older BINARY object.
+        assert [line for line in errors if "Object Not found" not in line and "SegmentNumber of 0" not in line] == []
+        pytest.skip("this dciodvfy is older than Label Map Segmentation Storage (2024) and cannot validate the object")
     assert errors == []

@@ -327,7 +327,9 @@ def test_an_unknown_compression_is_named(images, tmp_path) -> None:
 
     path = study.series["T2"].paths[0]
     dataset = pydicom.dcmread(path)
-    dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.100"  # MPEG2: never an MR slice, nothing decodes it
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(
+        "1.2.840.10008.1.2.4.100"
+    )  # MPEG2: never an MR slice, nothing decodes it
     dataset.PixelData = pydicom.encaps.encapsulate([b"\0" * 64])
     dataset["PixelData"].is_undefined_length = True
     dataset.save_as(path)
