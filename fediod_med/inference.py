@@ -156,7 +156,7 @@ def native_classes(probs: MetaTensor, *, affine: np.ndarray, shape: Sequence[int
     classes = np.zeros(tuple(shape), dtype=np.uint8)
     turned = _turned_only(np.asarray(probs.affine, dtype=np.float64), np.asarray(affine, dtype=np.float64))
     if turned is not None:
-        _place(probs.as_tensor().argmax(dim=0).to(torch.uint8).numpy(), *turned, into=classes)
+        _place(_most_probable(probs.as_tensor()), *turned, into=classes)
         return classes
     near = bounding_box(probs[0].numpy() <= 0.5 + 1e-4, margin=1)
     if near is None:
@@ -172,7 +172,7 @@ def native_classes(probs: MetaTensor, *, affine: np.ndarray, shape: Sequence[int
     box_affine = np.array(affine, dtype=np.float64)
     box_affine[:3, 3] = (box_affine @ (*start, 1.0))[:3]
     box = to_native(probs, affine=box_affine, shape=tuple(int(n) for n in stop - start))
-    classes[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))] = box.argmax(dim=0).to(torch.uint8).numpy()
+    classes[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))] = _most_probable(box)
     return classes
 
 
@@ -420,6 +420,12 @@ def _place(values: np.ndarray, turn: np.ndarray, offset: np.ndarray, *, into: np
         source.append(slice(start - first, max(stop - first, start - first)))
         target.append(slice(start, max(stop, start)))
     into[tuple(target)] = moved[tuple(source)]
+
+
+def _most_probable(probs: Tensor) -> np.ndarray:
+    """Class `(x, y, z)` uint8 from probabilities `(C, x, y, z)` on the CPU; of equal ones the first."""
+    # numpy's argmax over a leading axis takes a fifth of torch's time on a CPU.
+    return probs.numpy().argmax(axis=0).astype(np.uint8)
 
 
 def _softmax(logits: MetaTensor) -> MetaTensor:

@@ -25,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 _SMALLEST_WINDOW = 32
 _SIGMA = 0.125  # of the window's edge, MONAI's default for Gaussian blending
+# Of CUDA, of torch on a CPU (two systems), of C++, and of oneDNN, which gives no other reason when its scratch
+# space does not fit (measured under an address-space limit).
+_SIGNS_OF_NO_MEMORY = (
+    *("out of memory", "not enough memory", "can't allocate memory", "bad_alloc"),
+    *("could not create a primitive", "could not create a memory object", "could not execute a primitive"),
+)
 _SURE = 20.0  # logit of the background where no window looked: probability 1 to within 1e-8
 
 
@@ -130,6 +136,7 @@ def with_less_memory(
         FediodError: the smallest window on the CPU did not fit either.
     """
     notes: list[str] = []
+    last: BaseException | None = None
     attempts = list(_attempts(window, device, step))
     for number, (smaller, where) in enumerate(attempts):
         try:
@@ -137,6 +144,7 @@ def with_less_memory(
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
+            last = error.with_traceback(None)  # its frames hold the arrays that did not fit
         if where.type == "cuda":
             torch.cuda.empty_cache()
         if number + 1 < len(attempts):
@@ -149,7 +157,7 @@ def with_less_memory(
     raise FediodError(
         f"segmentation: expected enough memory for windows of {attempts[-1][0].roi} voxels on {attempts[-1][1]}, found "
         "too little; close other programs, or use --fast"
-    )
+    ) from last
 
 
 def _windows_with_brain(image: Tensor, window: Window) -> list[tuple[slice, ...]]:
@@ -183,4 +191,4 @@ def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     words = str(error).lower()
-    return any(sign in words for sign in ("out of memory", "not enough memory", "can't allocate memory"))
+    return any(sign in words for sign in _SIGNS_OF_NO_MEMORY)

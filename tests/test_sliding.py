@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +124,55 @@ def test_without_memory_the_windows_get_smaller_and_the_record_says_so(error):
     assert tried == [(96, 4, "cpu"), (96, 1, "cpu"), (48, 1, "cpu"), (32, 1, "cpu")]
     assert len(notes) == 3
     assert "out of memory on cpu with 4 window(s) of 96; went on on cpu with 1 of 96" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate",
+        "std::bad_alloc",
+        "could not create a primitive",
+    ],
+)
+def test_every_library_has_its_own_words_for_it(words):
+    def run(window: Window, device: torch.device) -> torch.Tensor:
+        if window.roi > 32:
+            raise RuntimeError(words)
+        return torch.zeros(())
+
+    assert len(with_less_memory(run, Window(64), CPU)[1]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the address space of a process is limited on Linux only")
+def test_a_process_that_really_has_no_memory_goes_on_with_smaller_windows():
+    code = """
+import resource, torch
+from fediod_med.networks import build_segmenter
+from fediod_med.sliding import Window, sliding_logits, with_less_memory
+torch.set_num_threads(1)
+network = build_segmenter(backbone="unet", width=16, depth=4, in_channels=4, out_channels=4).eval()
+image = torch.randn(4, 128, 128, 128)
+def run(window, device):
+    with torch.inference_mode():
+        return sliding_logits(image, network, window, device=device)
+run(Window(32), torch.device("cpu"))  # libraries load and threads start before the limit
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 150 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+logits, notes = with_less_memory(run, Window(128, 0.25, 2), torch.device("cpu"))
+print(tuple(logits.shape), bool(logits.isfinite().all()), len(notes) > 1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "(4, 128, 128, 128) True True"
 
 
 def test_with_memory_there_is_nothing_to_tell():
