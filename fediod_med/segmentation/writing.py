@@ -97,7 +97,7 @@ def write_outputs(computed: Computed, out: Path, *, model: Model, options: Segme
         write_segmentation(paths["segmentation"], shown.classes, reference=shown.reference, scheme=scheme)
     else:
         write_label_map(paths["segmentation"], shown.classes, shown.affine, scheme)
-    paths |= _dicom_outputs(computed, shown, out, options)
+    paths |= _dicom_outputs(computed, shown, out, model, options)
     banner = f"{privacy_banner(provenance)}. {NOT_FOR_CLINICAL_USE}"
     brain = _brain(shown)
     lesions = measure_lesions(shown.classes, shown.affine, brain=brain)
@@ -167,7 +167,9 @@ def _on_native_grid(computed: Computed, options: SegmentOptions) -> Segmentation
     )
 
 
-def _dicom_outputs(computed: Computed, shown: Segmentation, out: Path, options: SegmentOptions) -> dict[str, Path]:
+def _dicom_outputs(
+    computed: Computed, shown: Segmentation, out: Path, model: Model, options: SegmentOptions
+) -> dict[str, Path]:
     wanted = {"dicom-seg": "BINARY", "dicom-labelmap": "LABELMAP"}
     kinds = {name: kind for name, kind in wanted.items() if name in options.output_types}
     if not kinds:
@@ -179,7 +181,8 @@ def _dicom_outputs(computed: Computed, shown: Segmentation, out: Path, options: 
     for name, kind in kinds.items():
         paths[name] = out / f"{loaded.case.case_id}_{'seg' if kind == 'BINARY' else 'labelmap'}.dcm"
         source = loaded.series[options.native]
-        write_dicom_seg(paths[name], shown.classes, shown.affine, source, kind=kind, version=__version__)
+        version = f"{__version__}, weights {model.sha256[:16]}"
+        write_dicom_seg(paths[name], shown.classes, shown.affine, source, kind=kind, version=version)
     return paths
 
 
