@@ -22,7 +22,7 @@ from dicom_writer import (  # type: ignore[import-not-found]
     write_study,
 )
 
-from fediod_med.dicom.headers import holds_dicom, is_dicom
+from fediod_med.dicom.headers import holds_dicom, is_dicom, without_identity
 from fediod_med.dicom.planes import view_of
 from fediod_med.dicom.series import DicomSeries, find_series
 from fediod_med.dicom.study import describe, read_study
@@ -181,6 +181,24 @@ def test_copies_are_dropped_and_said(array, tmp_path) -> None:
     assert codes(series.findings) == ["W137"] and series.findings[0].value == 2
     scan = read_series(series)
     assert_same_image(array, STRAIGHT, scan.array, scan.affine)
+
+
+def test_one_uid_on_two_different_slices_is_refused_and_not_taken_for_a_copy(array, tmp_path) -> None:
+    paths = write_series(tmp_path, array, STRAIGHT)
+    blank = tmp_path / "000_first.dcm"  # read first, so that it would be the one that is kept
+    shutil.copy(paths[1], blank)
+    edit(blank, PixelData=bytes(array.shape[0] * array.shape[1] * 2))
+    series = only(tmp_path)
+    assert "E131" in codes(series.findings)
+    assert not series.usable
+
+
+def test_a_short_name_is_masked_too() -> None:
+    import pydicom
+
+    header = pydicom.Dataset()
+    header.PatientName = "Li^Bo"
+    assert without_identity("AX T2 Li flair, light", header) == "AX T2 *** flair, light"
 
 
 def test_two_echoes_in_one_series_are_told_apart(array, tmp_path) -> None:

@@ -126,7 +126,7 @@ def text(header: Any, *keywords: str) -> str:
 def without_identity(words: str, header: Any) -> str:
     """A text with every part of the patient's name, id and birth date taken out."""
     names = [str(value(header, keyword) or "") for keyword in IDENTITY]
-    parts = {part for name in names for part in re.split(r"[\s^=,;]+", name) if len(part) > 2}
+    parts = {part for name in names for part in re.split(r"[\s^=,;]+", name) if len(part) > 1}
     for part in sorted(parts, key=len, reverse=True):
         words = re.sub(rf"(?<![a-z0-9]){re.escape(part)}(?![a-z0-9])", "***", words, flags=re.IGNORECASE)
     return words

@@ -206,17 +206,16 @@ def _without_copies(
     if not any(same) or len(series.paths) != len(planes):
         return list(order), 0
     kept: list[int] = []
-    contents: set[tuple[str, bytes]] = set()
+    contents: set[bytes] = set()
     for position, i in enumerate(order):
         alone = not same[position] and not (position + 1 < len(order) and same[position + 1])
         if not same[position]:
             contents = set()
         if not alone:
-            instance = str(value(series.headers[i], "SOPInstanceUID") or "")
             content = _pixel_bytes(series.paths[i])
-            if any(instance == known[0] or content == known[1] for known in contents):
+            if content in contents:  # the same pixels; an equal UID alone says nothing about them
                 continue
-            contents.add((instance, content))
+            contents.add(content)
         kept.append(i)
     return kept, len(order) - len(kept)
 
