@@ -1,0 +1,1 @@
+"""Pages of the review app, and what they share."""

@@ -1,0 +1,166 @@
+"""Three linked slices with overlays, drawn on the server; only this part is drawn again when a slice is turned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import streamlit as st
+
+from fediod_med.review.overlays import DIFFERENCE_PALETTE, REGION_PALETTE
+from fediod_med.review.slices import PLANES, Plane, View, place, slice_picture, tri_planar
+from fediod_med.review.viewing import fitting, overlay_of, point_of, slices_at, start_point
+from fediod_med.review.volumes import LoadedVolume, focus_mm
+from review_pages import frame
+
+NONE = "none"
+
+
+def show(
+    key: str,
+    sequences: Sequence[str],
+    load: Callable[[str], LoadedVolume],
+    maps: Mapping[str, LoadedVolume],
+    *,
+    synthetic: bool = False,
+    pixels: int = 440,
+) -> None:
+    """Draw the viewer.
+
+    Args:
+        key: of what is shown; the same key keeps its place and settings.
+        sequences: names offered.
+        load: gives the image of a name.
+        maps: label maps by name; the first is drawn at first.
+        synthetic: marks the pixels as synthetic.
+        pixels: longest side of a slice.
+    """
+    with frame.refusing():
+        _viewer(key, sequences, load, maps, synthetic, pixels)
+
+
+@st.fragment
+def _viewer(
+    key: str,
+    sequences: Sequence[str],
+    load: Callable[[str], LoadedVolume],
+    maps: Mapping[str, LoadedVolume],
+    synthetic: bool,
+    pixels: int,
+) -> None:
+    with frame.refusing():
+        tools = st.columns([2.2, 2, 2, 1.6, 1.6], vertical_alignment="bottom")
+        sequence = tools[0].segmented_control(
+            "Sequence", list(sequences), default=sequences[0], key=f"{key}-sequence", required=True
+        )
+        image = load(sequence or sequences[0])
+        fit, elsewhere = fitting(image, maps)
+        if elsewhere:
+            st.caption(f"On another grid, so not drawn: {frame.plain(', '.join(elsewhere))}.")
+        names = list(fit)
+        drawn = tools[1].selectbox("Overlay", [*names, NONE], key=f"{key}-map") if names else NONE
+        rest = [name for name in names if name != drawn]
+        against = tools[2].selectbox("Difference to", [NONE, *rest], key=f"{key}-against") if rest else NONE
+        opacity = tools[3].slider("Opacity", 0.0, 1.0, 0.5, 0.05, key=f"{key}-opacity")
+        shown = tools[4].pills(
+            "Regions", list(REGION_PALETTE), default=list(REGION_PALETTE), selection_mode="multi", key=f"{key}-shown"
+        )
+        view = _view(key, image, float(opacity), synthetic, pixels)
+        place_of = _sliders(key, image, fit)
+        overlay = overlay_of(
+            fit,
+            None if drawn == NONE else drawn,
+            against=None if against == NONE else against,
+            shown=shown,
+        )
+        pictures = tri_planar(image, place_of, overlay=overlay, view=view)
+        for column, plane in zip(st.columns(3), PLANES, strict=True):
+            picture = pictures[plane]
+            column.image(picture.png, alt=picture.alt, width="content")
+        _legend(against != NONE, synthetic, view, place_of)
+        if len(names) > 1:
+            _side_by_side(key, image, fit, place_of, view, shown)
+
+
+def _view(key: str, image: LoadedVolume, opacity: float, synthetic: bool, pixels: int) -> View:
+    with st.expander("Window, outline, convention"):
+        left, right = st.columns([2, 1])
+        low, high = float(image.array.min()), float(image.array.max())
+        window = None
+        if high > low:
+            start = max(low, image.window[0]), min(high, image.window[1])
+            window = left.slider("Window (grey values)", low, high, start, key=f"{key}-window-{image.name}")
+        outline = right.toggle("Outline instead of filled", key=f"{key}-outline")
+        crosshair = right.toggle("Crosshair", value=True, key=f"{key}-crosshair")
+        neurological = right.toggle("Neurological convention", key=f"{key}-neurological", disabled=synthetic)
+    return View(
+        radiological=not neurological,
+        window=window if window and window[0] < window[1] else None,
+        style="outline" if outline else "fill",
+        opacity=opacity,
+        crosshair=crosshair,
+        synthetic=synthetic,
+        pixels=pixels,
+    )
+
+
+def _sliders(key: str, image: LoadedVolume, maps: Mapping[str, LoadedVolume]) -> tuple[float, float, float]:
+    """Sliders of the three planes; the keys of arrows move the one that has the focus."""
+    state = {plane: f"{key}-{plane}-{image.shape}" for plane in PLANES}
+
+    def go_to(labels: LoadedVolume) -> None:
+        target = focus_mm(labels)
+        if target is not None:
+            for plane, number in slices_at(image, target).items():
+                st.session_state[state[plane]] = number
+
+    if any(name not in st.session_state for name in state.values()):
+        for plane, number in slices_at(image, start_point(image, maps)).items():
+            st.session_state[state[plane]] = number
+    found: dict[Plane, int] = {}
+    columns = st.columns([1, 1, 1])
+    for column, plane in zip(columns, PLANES, strict=True):
+        last = slices_of(image, plane) - 1
+        found[plane] = int(column.slider(f"{plane.capitalize()} slice", 0, max(last, 1), key=state[plane]))
+    if maps:
+        first = next(iter(maps))
+        st.button(f"Go to the largest tumour area ({first})", on_click=go_to, args=(maps[first],), key=f"{key}-largest")
+    return point_of(image, found)
+
+
+def slices_of(image: LoadedVolume, plane: Plane) -> int:
+    """Number of slices of a plane."""
+    return image.shape[{"axial": 2, "coronal": 1, "sagittal": 0}[plane]]
+
+
+def _legend(difference: bool, synthetic: bool, view: View, mm: tuple[float, float, float]) -> None:
+    palette = DIFFERENCE_PALETTE if difference else REGION_PALETTE
+    boxes = " ".join(
+        f'<span style="display:inline-block;width:.9em;height:.9em;background:{colour};border:1px solid #333;'
+        f'vertical-align:-.1em"></span> {name}&nbsp;&nbsp;'
+        for name, colour in palette.items()
+    )
+    side = "nose left in sagittal slices"
+    if synthetic:
+        words = "synthetic, no patient; sides have no names"
+    elif view.radiological:
+        words = f"radiological: patient's right on the left; {side}"
+    else:
+        words = f"neurological: patient's right on the right; {side}"
+    st.html(f"<div>{boxes} {words}. Crosshair at {place(mm)}.</div>")
+
+
+def _side_by_side(
+    key: str,
+    image: LoadedVolume,
+    maps: Mapping[str, LoadedVolume],
+    mm: tuple[float, float, float],
+    view: View,
+    shown: Sequence[str],
+) -> None:
+    if not st.toggle("Side by side", key=f"{key}-beside"):
+        return
+    plane = st.segmented_control("Plane", PLANES, default="axial", key=f"{key}-plane", required=True) or "axial"
+    for column, (name, labels) in zip(st.columns(len(maps)), maps.items(), strict=True):
+        picture = slice_picture(image, plane, mm, overlay=overlay_of({name: labels}, name, shown=shown), view=view)
+        column.markdown(f"**{frame.plain(name)}**")
+        column.image(picture.png, alt=f"{name}: {picture.alt}", width="content")
