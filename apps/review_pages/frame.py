@@ -144,7 +144,7 @@ def chosen_cases(*, banner_too: bool = True) -> CaseFolder | None:
     folder = read_cases(
         entry.path,
         roots(),
-        images=roots().folder(_below_root(scans)) if scans else None,
+        images=roots().folder(below_root(scans)) if scans else None,
         models={other: found.path for other, found in known.items() if found is not None},
     )
     if banner_too:
@@ -161,7 +161,7 @@ def pick_case(folder: CaseFolder) -> Case | None:
     return folder.cases.get(case_id)
 
 
-def _below_root(text: str) -> str:
+def below_root(text: str) -> str:
     """A path as `Roots.name_of` shows it, without the root's own name, where that leads somewhere."""
     first, _, rest = text.strip().partition("/")
     with_root = [root for root in roots().folders if root.name == first]
