@@ -425,7 +425,7 @@ def _place(values: np.ndarray, turn: np.ndarray, offset: np.ndarray, *, into: np
 def _most_probable(probs: Tensor) -> np.ndarray:
     """Class `(x, y, z)` uint8 from probabilities `(C, x, y, z)` on the CPU; of equal ones the first."""
     # numpy's argmax over a leading axis takes a fifth of torch's time on a CPU.
-    return probs.numpy().argmax(axis=0).astype(np.uint8)
+    return np.asarray(probs.numpy().argmax(axis=0), dtype=np.uint8)
 
 
 def _softmax(logits: MetaTensor) -> MetaTensor:

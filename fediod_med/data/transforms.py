@@ -106,7 +106,8 @@ def to_working_grid(
         image: `(4, X, Y, Z)` with its affine; zero outside the brain.
         spacing: mm.
         label: `(1, X, Y, Z)` classes on the same grid.
-        crop: to the brain; without, the grid covers the whole scan (for comparison: it costs time and changes nothing).
+        crop: to the brain; without, the grid covers the whole scan (for comparison: it costs time, and networks that
+            were trained on crops answer differently, because instance norm sees the empty voxels).
 
     Returns:
         Image `(4, x, y, z)` and label `(1, x, y, z)`, edges multiples of 8 voxels, affines kept.
