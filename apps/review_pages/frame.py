@@ -21,7 +21,10 @@ from fediod_med.review.volumes import VolumeCache
 
 RUN_PAGES = ("Overview", "Synthetic volumes", "Privacy")
 _STYLE = """<style>
-.block-container {padding-top: 3.4rem; padding-bottom: 1rem;}
+[data-testid="stMainBlockContainer"] {padding: 4rem 2rem 1rem 2rem;}
+[data-testid="stMainBlockContainer"] h1 {font-size: 1.6rem; padding: .2rem 0;}
+[data-testid="stMainBlockContainer"] h3 {font-size: 1.2rem;}
+[data-testid="stVerticalBlock"] {gap: .6rem;}
 .banner {border-left: .5rem solid; padding: .35rem .8rem; margin: 0 0 .3rem 0; font-weight: 600; border-radius: .2rem;}
 .bare {background: #FDECEA; border-color: #B3261E; color: #7A1A14;}
 .private {background: #E8F1FB; border-color: #0B5CAD; color: #083F78;}

@@ -78,7 +78,7 @@ def _per_site(run: RunFolder) -> None:
         .mark_point(filled=True, size=90)
         .encode(
             x=alt.X("mean Dice:Q", scale=alt.Scale(zero=False)),
-            y=alt.Y("model:N", sort=None, title=None),
+            y=alt.Y("model:N", sort=None, title=None, axis=alt.Axis(labelLimit=220)),
             color=alt.Color("hospital:N", scale=alt.Scale(range=_COLOURS)),
             shape="hospital:N",
             tooltip=list(rows.columns),
@@ -101,7 +101,7 @@ def _per_case(run: RunFolder) -> None:
         .mark_point(opacity=0.7)
         .encode(
             x="Dice:Q",
-            y=alt.Y("model:N", sort=None, title=None),
+            y=alt.Y("model:N", sort=None, title=None, axis=alt.Axis(labelLimit=220)),
             color=alt.Color("hospital:N", scale=alt.Scale(range=_COLOURS)),
             shape="reference:N",
             tooltip=list(rows.columns),

@@ -30,6 +30,7 @@ from fediod_med.review.queue import (
     waiting,
 )
 from fediod_med.review.rating import (
+    RATING_SHORT,
     RATING_WORDS,
     VERDICT_KEYS,
     VERDICT_WORDS,
@@ -153,9 +154,10 @@ def _form(
     current = {region: st.session_state.get(f"rating-{region}-{key}") for region in ORDER}
     focus = next_region(current, ORDER) or ORDER[0]
     st.caption(f"Keys 1 to 4 rate {focus} now.")
-    for column, rating in zip(st.columns(4), RATINGS, strict=True):
-        column.button(
-            str(rating),
+    columns = st.columns(2)
+    for number, rating in enumerate(RATINGS):
+        columns[number % 2].button(
+            RATING_SHORT[rating],
             key=f"press-{rating}-{key}",
             shortcut=str(rating),
             on_click=_set_rating,
@@ -163,10 +165,12 @@ def _form(
             help=RATING_WORDS[rating],
             width="stretch",
         )
-    st.pills("Tags", TAGS, selection_mode="multi", key=f"tags-{key}")
+    verdicts = st.container()
+    st.pills("Tags", TAGS, selection_mode="multi", key=f"tags-{key}", wrap=True)
     st.text_area("Comment", key=f"comment-{key}", max_chars=4000, height=70, placeholder="No names.")
-    for verdict in VERDICTS:
-        st.button(
+    columns = verdicts.columns(2)
+    for number, verdict in enumerate(VERDICTS):
+        columns[number % 2].button(
             VERDICT_WORDS[verdict],
             key=f"verdict-{verdict}-{key}",
             shortcut=VERDICT_KEYS[verdict],
@@ -176,11 +180,8 @@ def _form(
             width="stretch",
         )
     back, forth = neighbour(queue, case.case_id, back=True), neighbour(queue, case.case_id)
-    columns = st.columns(2)
-    for column, label, shortcut, target in (
-        (columns[0], "Previous", "p", back),
-        (columns[1], "Next", "n", forth),
-    ):
+    columns = verdicts.columns(2)
+    for column, label, shortcut, target in ((columns[0], "Previous", "p", back), (columns[1], "Next", "n", forth)):
         column.button(
             label,
             key=f"{label}-{key}",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from fediod_med.review.overlays import DIFFERENCE_PALETTE, REGION_PALETTE
-from fediod_med.review.slices import PLANES, Plane, View, place, slice_picture, tri_planar
+from fediod_med.review.slices import AXIS, PLANES, Plane, View, place, slice_picture, tri_planar
 from fediod_med.review.viewing import fitting, overlay_of, point_of, slices_at, start_point
 from fediod_med.review.volumes import LoadedVolume, focus_mm
 from review_pages import frame
@@ -48,8 +49,8 @@ def _viewer(
     pixels: int,
 ) -> None:
     with frame.refusing():
-        tools = st.columns([2.2, 2, 2, 1.6, 1.6], vertical_alignment="bottom")
-        sequence = tools[0].segmented_control(
+        first = st.container(horizontal=True, vertical_alignment="bottom")
+        sequence = first.segmented_control(
             "Sequence", list(sequences), default=sequences[0], key=f"{key}-sequence", required=True
         )
         image = load(sequence or sequences[0])
@@ -57,15 +58,18 @@ def _viewer(
         if elsewhere:
             st.caption(f"On another grid, so not drawn: {frame.plain(', '.join(elsewhere))}.")
         names = list(fit)
-        drawn = tools[1].selectbox("Overlay", [*names, NONE], key=f"{key}-map") if names else NONE
-        rest = [name for name in names if name != drawn]
-        against = tools[2].selectbox("Difference to", [NONE, *rest], key=f"{key}-against") if rest else NONE
-        opacity = tools[3].slider("Opacity", 0.0, 1.0, 0.5, 0.05, key=f"{key}-opacity")
-        shown = tools[4].pills(
+        shown = first.pills(
             "Regions", list(REGION_PALETTE), default=list(REGION_PALETTE), selection_mode="multi", key=f"{key}-shown"
         )
+        opacity = first.slider("Opacity", 0.0, 1.0, 0.5, 0.05, key=f"{key}-opacity", width=160)
+        tools = st.columns(2)
+        drawn = tools[0].selectbox("Overlay", [*names, NONE], key=f"{key}-map") if names else NONE
+        rest = [name for name in names if name != drawn]
+        against = tools[1].selectbox("Difference to", [NONE, *rest], key=f"{key}-against") if rest else NONE
+        row = st.columns(3)
+        drawing = [column.empty() for column in row]
+        place_of = _sliders(key, image, fit, row)
         view = _view(key, image, float(opacity), synthetic, pixels)
-        place_of = _sliders(key, image, fit)
         overlay = overlay_of(
             fit,
             None if drawn == NONE else drawn,
@@ -73,9 +77,9 @@ def _viewer(
             shown=shown,
         )
         pictures = tri_planar(image, place_of, overlay=overlay, view=view)
-        for column, plane in zip(st.columns(3), PLANES, strict=True):
+        for where, plane in zip(drawing, PLANES, strict=True):
             picture = pictures[plane]
-            column.image(picture.png, alt=picture.alt, width="content")
+            where.image(picture.png, alt=picture.alt, width="content")
         _legend(against != NONE, synthetic, view, place_of)
         if len(names) > 1:
             _side_by_side(key, image, fit, place_of, view, shown)
@@ -103,7 +107,9 @@ def _view(key: str, image: LoadedVolume, opacity: float, synthetic: bool, pixels
     )
 
 
-def _sliders(key: str, image: LoadedVolume, maps: Mapping[str, LoadedVolume]) -> tuple[float, float, float]:
+def _sliders(
+    key: str, image: LoadedVolume, maps: Mapping[str, LoadedVolume], columns: Sequence[DeltaGenerator]
+) -> tuple[float, float, float]:
     """Sliders of the three planes; the keys of arrows move the one that has the focus."""
     state = {plane: f"{key}-{plane}-{image.shape}" for plane in PLANES}
 
@@ -117,19 +123,13 @@ def _sliders(key: str, image: LoadedVolume, maps: Mapping[str, LoadedVolume]) ->
         for plane, number in slices_at(image, start_point(image, maps)).items():
             st.session_state[state[plane]] = number
     found: dict[Plane, int] = {}
-    columns = st.columns([1, 1, 1])
     for column, plane in zip(columns, PLANES, strict=True):
-        last = slices_of(image, plane) - 1
+        last = image.shape[AXIS[plane]] - 1
         found[plane] = int(column.slider(f"{plane.capitalize()} slice", 0, max(last, 1), key=state[plane]))
     if maps:
         first = next(iter(maps))
         st.button(f"Go to the largest tumour area ({first})", on_click=go_to, args=(maps[first],), key=f"{key}-largest")
     return point_of(image, found)
-
-
-def slices_of(image: LoadedVolume, plane: Plane) -> int:
-    """Number of slices of a plane."""
-    return image.shape[{"axial": 2, "coronal": 1, "sagittal": 0}[plane]]
 
 
 def _legend(difference: bool, synthetic: bool, view: View, mm: tuple[float, float, float]) -> None:

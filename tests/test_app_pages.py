@@ -1,0 +1,155 @@
+"""Every page of the review app, run by Streamlit's own test driver: what it shows, and what it keeps."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from app_demo import write_app_demo  # type: ignore[import-not-found]
+
+from fediod_med.resources import NOT_FOR_CLINICAL_USE
+from fediod_med.review.store import ReviewStore
+
+pytest.importorskip("streamlit", reason="the review app needs streamlit: pip install 'fediod-med[app]'")
+
+SCRIPT = Path(__file__).resolve().parent.parent / "apps" / "review.py"
+pytestmark = pytest.mark.filterwarnings("ignore")  # of streamlit and altair, which this package does not fix
+
+
+@pytest.fixture
+def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = write_app_demo(tmp_path / "demo")
+    arguments = ["--root", str(root), "--reviews", str(tmp_path / "r.sqlite"), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", ["review.py", *arguments])
+    return root
+
+
+def opened(page: str | None = None, **query: str) -> Any:
+    from streamlit.testing.v1 import AppTest
+
+    app = AppTest.from_file(str(SCRIPT), default_timeout=60)
+    app.run()
+    for name, value in query.items():
+        app.session_state[name] = value
+    if page is not None:
+        app.switch_page(f"review_pages/{page}.py")
+        app.run()
+    assert not app.exception, app.exception
+    return app
+
+
+def html_of(app: Any) -> str:
+    return " ".join(str(element.proto.body) for element in app.get("html"))
+
+
+def button(app: Any, label: str) -> Any:
+    return next(found for found in app.button if found.label == label)
+
+
+@pytest.mark.parametrize(
+    ("page", "title"),
+    [
+        (None, "Overview"),
+        ("synthetic", "Synthetic volumes"),
+        ("cases", "Cases"),
+        ("rating", "Review"),
+        ("promises", "Privacy"),
+    ],
+)
+def test_every_page_keeps_both_banners(demo: Path, page: str | None, title: str) -> None:
+    app = opened(page)
+    assert [found.value for found in app.title] == [title] and not app.error
+    assert NOT_FOR_CLINICAL_USE in html_of(app) and "NOT PRIVATE" in html_of(app)
+
+
+def test_overview_tells_promises_and_dice(demo: Path) -> None:
+    app = opened()
+    facts, promises, dice = (found.value for found in app.dataframe[:3])
+    assert dict(facts.to_numpy())["run"] == "demo1"
+    assert list(promises["promise"]) == ["private", "NOT PRIVATE"] and promises["epsilon (RDP)"][0] == 7.9
+    assert list(dice["model"]) == ["teacher north", "teachers' ensemble", "student"] and dice["Dice WT"][2] == 0.7
+
+
+def test_a_synthetic_volume_is_turned_slice_by_slice(demo: Path) -> None:
+    app = opened("synthetic")
+    slider = next(found for found in app.slider if found.label == "Axial slice")
+    assert (slider.min, slider.max) == (0, 15)
+    before = [image.proto.imgs[0].url for image in app.get("image")]
+    assert len(before) == 3 and not any("radiological" in text for text in [html_of(app)])
+    slider.set_value(3).run()
+    after = [image.proto.imgs[0].url for image in app.get("image")]
+    assert not app.exception and before[0] != after[0]
+    assert any("hospitals" in metric.label for metric in app.metric)
+
+
+def test_a_case_shows_volumes_quality_findings_and_the_reference(demo: Path) -> None:
+    app = opened("cases")
+    assert any(metric.value == "0.90" for metric in app.metric)
+    tables = [found.value for found in app.dataframe]
+    assert any("reference ml" in table for table in tables) and any("Dice WT" in table for table in tables)
+    assert any("code" in table and table["code"][0] == "W170" for table in tables)
+    overlay = next(found for found in app.selectbox if found.label == "Overlay")
+    assert overlay.options == ["model", "reference", "none"]
+    against = next(found for found in app.selectbox if found.label == "Difference to")
+    against.set_value("reference").run()
+    assert not app.exception and "first only" in html_of(app)
+    overlay.set_value("none").run()
+    assert not app.exception and not app.error
+
+
+def test_a_review_is_kept_once_and_the_next_case_comes(demo: Path, tmp_path: Path) -> None:
+    app = opened("rating")
+    assert any("reviewer code" in info.value for info in app.info)
+    next(found for found in app.text_input if found.label == "Reviewer code").set_value("r1").run()
+    shown = [text.value for text in app.markdown if "case-" in text.value.replace("\\", "")]
+    assert "case-c" in shown[0].replace("\\", "")  # the lowest predicted quality comes first
+    button(app, "expert").click().run()
+    button(app, "small fix").click().run()
+    button(app, "Minor edit").click().run()
+    assert not app.exception and not app.error, [error.value for error in app.error]
+    (kept,) = ReviewStore(tmp_path / "r.sqlite").events()
+    assert (kept.reviewer, kept.case, kept.arm, kept.verdict) == ("r1", "case-c", "model", "minor")
+    assert kept.ratings == {"WT": 4, "TC": 3} and len(kept.mask_sha256) == 64 and len(kept.image_sha256) == 64
+    again = [text.value.replace("\\", "") for text in app.markdown]
+    assert any(text.startswith("**case-b**") for text in again)
+    # another browser of the same reviewer goes on where this one is
+    other = opened("rating", reviewer="r1")
+    assert any(text.value.replace("\\", "").startswith("**case-b**") for text in other.markdown)
+
+
+def test_a_blinded_comparison_hides_names_until_both_are_rated(demo: Path, tmp_path: Path) -> None:
+    app = opened("rating", reviewer="r2")
+    compare = next(found for found in app.multiselect if found.label == "Compare with")
+    compare.set_value([name for name in compare.options if name.endswith("other")]).run()
+    way = next(found for found in app.get("button_group") if getattr(found, "label", "") == "Way")
+    way.set_value(way.options[1] if hasattr(way, "options") else None).run()
+    assert not app.exception and not app.error
+    overlay = next(found for found in app.selectbox if found.label == "Overlay")
+    assert overlay.options == ["A", "B", "none"]
+    assert button(app, "Show which is which").disabled
+    button(app, "Accept").click().run()
+    button(app, "Reject").click().run()
+    events = ReviewStore(tmp_path / "r.sqlite").events()
+    first = [event for event in events if event.case == "case-c"]
+    assert [event.kind for event in first] == ["assignment", "review", "review"]
+    assert {event.arm for event in first[1:]} == {"A", "B"}
+    assert any("not revealed" in text.value for text in app.caption)
+
+
+def test_privacy_page_says_what_is_missing(demo: Path) -> None:
+    app = opened("promises")
+    assert any("ledger" in warning.value for warning in app.warning)
+    assert any("audit" in info.value for info in app.info)
+    button(app, "Verify every ledger and claim").click().run()
+    assert not app.exception and app.warning
+
+
+def test_segmenting_refuses_paths_outside(demo: Path) -> None:
+    app = opened("segmenting")
+    folder = next(found for found in app.text_input if found.label.startswith("Case folder"))
+    for bad in ("/etc", "../..", "run/../../.."):
+        folder.set_value(bad).run()
+        button(app, "Check and segment").click().run()
+        assert app.error and not app.exception
