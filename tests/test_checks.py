@@ -126,6 +126,11 @@ def colour(path: Path) -> None:
     patch(path, datatype=128, bitpix=24)
 
 
+def folder_instead(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def extension(path: Path) -> None:
     image = nib.load(path)
     image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Doe^Jane"))
@@ -144,7 +149,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object]]] = {
     "some text in gzip": ("E104", lambda p: p.write_bytes(gzip.compress(b"not a scan " * 99))),
     "an impossible number of dimensions": ("E104", lambda p: patch(p, dim=[9, 48, 48, 48, 1, 1, 1, 1])),
     "removed file": ("E105", lambda p: p.unlink()),
-    "a folder of that name": ("E105", lambda p: (p.unlink(), p.mkdir())),
+    "a folder of that name": ("E105", folder_instead),
     "header of a pair": ("E106", pair_header),
     "NaN": ("E110", lambda p: rewrite(p, with_value(np.nan))),
     "infinite": ("E110", lambda p: rewrite(p, with_value(np.inf))),

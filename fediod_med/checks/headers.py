@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from nibabel.spatialimages import HeaderDataError
 
 from fediod_med.data.itk_formats import is_itk_format
-from fediod_med.data.nifti import GEOMETRY_TOLERANCE_MM, corner_distance
+from fediod_med.data.nifti import GEOMETRY_TOLERANCE_MM, corner_distance, qform_of
 from fediod_med.findings import Finding, finding
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 
@@ -42,10 +44,10 @@ def header_findings(path: Path, *, case: str) -> Iterator[Finding]:
     size = next((n for n in _HEADER_BYTES for order in ("little", "big") if int.from_bytes(start[:4], order) == n), 0)
     if not size:
         return
-    header = _HEADER_BYTES[size](start[:size], check=False)
+    header = _HEADER_BYTES[size](start[:size], check=True)  # mended as for the reader: `pixdim[0]` may be 0
     yield from _two_geometries(header, path, case)
     slope = float(header["scl_slope"])
-    if slope < 0:
+    if slope < 0 and math.isfinite(slope):
         message = f"expected brighter tissue to have larger values, found a negative scale (scl_slope {slope:g})"
         yield finding("W173", case=case, where=path, message=message, value=slope)
     yield from _private_text(header, start, path, case)
@@ -56,8 +58,12 @@ def _two_geometries(header: Any, path: Path, case: str) -> Iterator[Finding]:
     if not all(codes):
         return
     try:
-        qform = np.asarray(header.get_qform(), dtype=np.float64)
-    except ValueError:
+        with np.errstate(over="ignore", invalid="ignore"):
+            qform = qform_of(header)
+        usable = bool(np.isfinite(qform).all())
+    except (HeaderDataError, ValueError):
+        usable = False
+    if not usable:
         yield finding("W121", case=case, where=path, message="expected a rotation in the qform, found none")
         return
     shape = tuple(int(n) for n in header.get_data_shape()[:3])

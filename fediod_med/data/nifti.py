@@ -415,7 +415,7 @@ def _affine(header: Any, path: Path, *, warn: bool = True) -> np.ndarray:
     if codes["qform"]:
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # absurd voxel sizes: refused below
-                qform = _qform(header)
+                qform = qform_of(header)
         except (HeaderDataError, ValueError) as error:
             if not codes["sform"]:
                 raise GeometryError(
@@ -435,11 +435,15 @@ def _affine(header: Any, path: Path, *, warn: bool = True) -> np.ndarray:
     return affine
 
 
-def _qform(header: Any) -> np.ndarray:
+def qform_of(header: Any) -> np.ndarray:
     """The qform (4, 4) float64; as `header.get_qform`, but a half turn may be off by rounding.
 
     Of a unit quaternion only b, c, d are stored. At a half turn a = 0, and b2 + c2 + d2 may round to a little over 1:
     nibabel allows three units in the last place, a float64 header of another tool needs more.
+
+    Raises:
+        HeaderDataError: `pixdim[0]` is neither 1 nor -1; a header parsed with checks has it set to 1.
+        ValueError: b, c, d are no part of a unit quaternion.
     """
     try:
         return np.asarray(header.get_qform(), dtype=np.float64)
@@ -457,7 +461,7 @@ def _qform(header: Any) -> np.ndarray:
 def _best_affine(header: Any) -> np.ndarray:
     """What `header.get_best_affine` gives, with a half turn of the qform tolerated."""
     if int(header["qform_code"]) and not int(header["sform_code"]):
-        return _qform(header)
+        return qform_of(header)
     return np.asarray(header.get_best_affine(), dtype=np.float64)
 
 
