@@ -47,6 +47,7 @@ def demo(
             announce=announce,
         )
     print_result(result)
+    typer.echo(f"Look at it in the review app: fediod review --run {out}")
     typer.echo(
         "Next, with your own data: `fediod segment -i CASE_FOLDER -o out`; "
         "to join as a hospital, read sites/template/README.md"
