@@ -20,10 +20,12 @@ from fediod_med.review.store import ReviewStore
 from fediod_med.review.volumes import VolumeCache
 
 RUN_PAGES = ("Overview", "Synthetic volumes", "Privacy")
+CASE_PAGES = ("Cases", "Review")
 _STYLE = """<style>
 [data-testid="stMainBlockContainer"] {padding: 4rem 2rem 1rem 2rem;}
 [data-testid="stMainBlockContainer"] h1 {font-size: 1.6rem; padding: .2rem 0;}
 [data-testid="stMainBlockContainer"] h3 {font-size: 1.2rem;}
+[data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] * {color: #454B55 !important; opacity: 1;}
 [data-testid="stVerticalBlock"] {gap: .6rem;}
 .banner {border-left: .5rem solid; padding: .35rem .8rem; margin: 0 0 .3rem 0; font-weight: 600; border-radius: .2rem;}
 .bare {background: #FDECEA; border-color: #B3261E; color: #7A1A14;}
@@ -78,10 +80,10 @@ def draw(title: str) -> None:
         folders = [entry.name for entry in found if entry.kind == "cases"]
         with st.sidebar:
             st.header("fediod-med review")
-            if runs:
-                st.selectbox("Run", runs, key="run", disabled=title not in RUN_PAGES)
-            if folders:
-                st.selectbox("Segmented cases", folders, key="cases", disabled=title in RUN_PAGES)
+            if runs and title in RUN_PAGES:
+                st.selectbox("Run", runs, key="run", persist_state="session")
+            if folders and title in CASE_PAGES:
+                st.selectbox("Segmented cases", folders, key="cases", persist_state="session")
             st.caption("Folders are read, never written. Nothing leaves this machine.")
 
 
