@@ -98,7 +98,7 @@ def register_findings(scans: Mapping[str, Scan], *, case: str) -> Iterator[Findi
                     best, shift = found, abs(steps) * step_mm[axis]
         if shift:
             message = (
-                f"expected {name} to match T1c where its header puts it, found a better match about {shift:.0f} mm away"
+                f"expected {name} to match T1c where its header puts it, found it better shifted by {shift:.0f} mm"
             )
             yield finding("W151", case=case, where=scans[name].path, message=message, value=round(shift, 1))
 
