@@ -116,7 +116,7 @@ def watch(page: Any) -> Watch:
     def said(message: Any) -> None:
         probe = str((message.location or {}).get("url", "")).endswith(PROBES)
         if message.type == "error" and not probe:
-            seen.problems.append(message.text)
+            seen.problems.append(f"{message.text} {(message.location or {}).get('url')}")
 
     page.on("console", said)
     return seen
@@ -136,7 +136,9 @@ def box(page: Any, label: str) -> Any:
 
 
 def settle(page: Any) -> None:
+    """Wait for the script and for its pictures, which the server forgets once they have been replaced."""
     page.wait_for_selector(IDLE)
+    page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
 
 
 def picture(page: Any, number: int = 0) -> str:
@@ -156,16 +158,15 @@ def test_slices_are_turned_and_overlays_toggled(app: Served, page: Any) -> None:
     sync_api.expect(page.get_by_text(NOT_FOR_CLINICAL_USE, exact=True)).to_be_visible()
     alt = page.locator('[data-testid="stImage"] img').first.get_attribute("alt")
     assert alt.startswith("Synthetic axial slice") and "no patient" in alt
-    before = picture(page)
+    before = picture(page, 1)  # the coronal one, whose crosshair moves even where slices look alike
     slider = page.get_by_role("slider", name="Axial slice")
     at = int(slider.input_value())
     slider.press("ArrowRight")
-    before = changed(page, before)
+    before = changed(page, before, 1)
     assert int(slider.input_value()) == at + 1
     page.get_by_role("button", name="ET", exact=True).or_(page.get_by_text("ET", exact=True)).first.click()
-    before = changed(page, before)
+    changed(page, before, 1)
     go(page, app, "Cases")
-    before = picture(page)
     page.get_by_text("Side by side").click()
     sync_api.expect(page.locator('[data-testid="stImage"] img')).to_have_count(5)
     seen.nothing_wrong()

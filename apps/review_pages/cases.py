@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import streamlit as st
 
 from fediod_med.review.case_folder import Case, CaseFolder
@@ -42,7 +41,7 @@ def page() -> None:
         _quality(case, folder)
     st.subheader("Findings about the input")
     if case.findings:
-        st.dataframe(pd.DataFrame(finding_rows(case.findings)), hide_index=True, alt="Findings about the input")
+        st.dataframe(finding_rows(case.findings), hide_index=True, alt="Findings about the input")
     else:
         st.caption("None recorded.")
     for note in case.notes:
@@ -57,7 +56,7 @@ def _volumes(case: Case, maps: dict[str, LoadedVolume]) -> None:
         st.caption(frame.plain(case.why("label_map")))
         return
     rows = volume_rows(volumes, None if reference is None else volumes_of(reference))
-    st.dataframe(pd.DataFrame(rows), hide_index=True, alt="Volumes by class and region in millilitres")
+    st.dataframe(rows, hide_index=True, alt="Volumes by class and region in millilitres")
     if reference is None:
         st.caption(frame.plain(f"No reference: {case.why('reference')}"))
         return
@@ -66,7 +65,7 @@ def _volumes(case: Case, maps: dict[str, LoadedVolume]) -> None:
         for name, m in maps.items()
         if name != "reference" and same_grid(m, reference)
     ]
-    st.dataframe(pd.DataFrame(scores), hide_index=True, alt="Dice against the reference by region")
+    st.dataframe(scores, hide_index=True, alt="Dice against the reference by region")
 
 
 def _quality(case: Case, folder: CaseFolder) -> None:
@@ -82,7 +81,7 @@ def _quality(case: Case, folder: CaseFolder) -> None:
         rests = detail.get("rests_on")
         if isinstance(rests, dict):
             rows = [{"rests on": str(k), "value": v} for k, v in rests.items() if isinstance(v, int | float)]
-            st.dataframe(pd.DataFrame(rows), hide_index=True, alt="What the predicted quality rests on")
+            st.dataframe(rows, hide_index=True, alt="What the predicted quality rests on")
     if case.disagreement is not None:
         st.metric("Disagreement of the teachers (nats)", f"{case.disagreement:.3f}")
     changed = changed_outputs(case, folder)

@@ -26,13 +26,13 @@ def page() -> None:
         if run.privacy is None:
             st.warning(frame.plain(run.why("privacy")))
         else:
-            st.dataframe(pd.DataFrame(privacy_rows(run)), hide_index=True, alt="Privacy promise of each hospital")
+            st.dataframe(privacy_rows(run), hide_index=True, alt="Privacy promise of each hospital")
     _dice(run)
     _per_site(run)
     _per_case(run)
     for name, path in (run.figures or {}).items():
         with st.expander(f"Figure: {name}"):
-            st.image(path.read_bytes(), alt=f"Figure {name} of the run, as in its report")
+            st.image(path.read_bytes(), alt=f"Figure {name} of the run, as in its report", output_format="PNG")
 
 
 def _about(run: RunFolder) -> None:
@@ -52,7 +52,7 @@ def _about(run: RunFolder) -> None:
         for name, value in facts.items()
         if value is not None
     ]
-    st.dataframe(pd.DataFrame(rows), hide_index=True, alt="Facts about the run")
+    st.dataframe(rows, hide_index=True, alt="Facts about the run")
 
 
 def _dice(run: RunFolder) -> None:
@@ -63,9 +63,7 @@ def _dice(run: RunFolder) -> None:
         return
     numbers = {name: st.column_config.NumberColumn(format="%.3f") for name in rows[0] if "Dice" in name or "%" in name}
     numbers["HD95 mm"] = st.column_config.NumberColumn(format="%.1f")
-    st.dataframe(
-        pd.DataFrame(rows), hide_index=True, column_config=numbers, alt="Dice and HD95 of each model by region"
-    )
+    st.dataframe(rows, hide_index=True, column_config=numbers, alt="Dice and HD95 of each model by region")
 
 
 def _per_site(run: RunFolder) -> None:

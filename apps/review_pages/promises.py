@@ -24,7 +24,7 @@ def page() -> None:
     if run.privacy is None:
         st.warning(frame.plain(run.why("privacy")))
     else:
-        st.dataframe(pd.DataFrame(privacy_rows(run)), hide_index=True, alt="Privacy promise of each hospital")
+        st.dataframe(privacy_rows(run), hide_index=True, alt="Privacy promise of each hospital")
         for terms in run.privacy:
             with st.expander(f"Statement of {frame.plain(terms.site)}: {frame.plain(terms.words)}"):
                 st.text(terms.statement or "none")
@@ -88,12 +88,12 @@ def _audit(run: RunFolder) -> None:
     for words in audit_words(run.audit):
         (st.error if words.startswith("ALARM") else st.caption)(frame.plain(words))
     st.dataframe(
-        pd.DataFrame([asdict(row) for row in audit_rows(run.audit)]),
+        [asdict(row) for row in audit_rows(run.audit)],
         hide_index=True,
         alt="Attacks and canary audits beside the claims that they tried to contradict",
     )
     for name, path in (run.audit_figures or {}).items():
-        st.image(path.read_bytes(), alt=f"Audit figure {name}", caption=name, width=700)
+        st.image(path.read_bytes(), alt=f"Audit figure {name}", caption=name, width=700, output_format="PNG")
 
 
 with frame.refusing():

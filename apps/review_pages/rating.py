@@ -55,7 +55,11 @@ def page() -> None:
     st.title("Review")
     with st.sidebar:
         reviewer = st.text_input(
-            "Reviewer code", key="reviewer", bind="query-params", help="A code, not a name: letters and digits."
+            "Reviewer code",
+            key="reviewer",
+            bind="query-params",
+            persist_state="session",
+            help="A code, not a name: letters and digits.",
         ).strip()
     others = sorted({name for case in folder.cases.values() for name in case.others})
     modes = ["Open", *(f"Blinded A/B against {name}" for name in others)]
@@ -269,7 +273,7 @@ def _agreement(folder: CaseFolder, other: str | None) -> None:
         return
     rows = agreement_rows(reviews)
     if rows:
-        st.dataframe(pd.DataFrame(rows), hide_index=True, alt="Agreement of the reviewers")
+        st.dataframe(rows, hide_index=True, alt="Agreement of the reviewers")
     else:
         st.caption("One reviewer so far; agreement needs two.")
     scored = [case for case in folder.cases.values() if case.reference is not None and case.label_map is not None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
 import streamlit as st
 
 from fediod_med.errors import FediodError, InputError
@@ -114,7 +113,7 @@ def _result() -> None:
         return
     case = folder.cases[case_id]
     if case.findings:
-        st.dataframe(pd.DataFrame(finding_rows(case.findings)), hide_index=True, alt="Findings about the input")
+        st.dataframe(finding_rows(case.findings), hide_index=True, alt="Findings about the input")
     if case.label_map is None:
         st.error(frame.plain(case.why("label_map")))
         return

@@ -55,7 +55,7 @@ def _browse(run: RunFolder, volumes: tuple[SyntheticVolume, ...]) -> None:
         st.metric("Mean disagreement of the hospitals (nats)", f"{float(disagreement.array.mean()):.4f}")
     if maps:
         rows = [{"label map": n, **{r: round(v, 2) for r, v in volumes_of(m).items()}} for n, m in maps.items()]
-        st.dataframe(pd.DataFrame(rows), hide_index=True, alt="Volumes of the label maps in millilitres")
+        st.dataframe(rows, hide_index=True, alt="Volumes of the label maps in millilitres")
         st.caption("Millilitres per class and region.")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import streamlit as st
-from streamlit.delta_generator import DeltaGenerator
 
 from fediod_med.review.overlays import DIFFERENCE_PALETTE, REGION_PALETTE
 from fediod_med.review.slices import AXIS, PLANES, Plane, View, place, slice_picture, tri_planar
@@ -67,8 +66,8 @@ def _viewer(
         rest = [name for name in names if name != drawn]
         against = tools[1].selectbox("Difference to", [NONE, *rest], key=f"{key}-against") if rest else NONE
         row = st.columns(3)
-        drawing = [column.empty() for column in row]
-        place_of = _sliders(key, image, fit, row)
+        state = _states(key, image, fit)
+        place_of = point_of(image, {plane: st.session_state[name] for plane, name in state.items()})
         view = _view(key, image, float(opacity), synthetic, pixels)
         overlay = overlay_of(
             fit,
@@ -77,9 +76,19 @@ def _viewer(
             shown=shown,
         )
         pictures = tri_planar(image, place_of, overlay=overlay, view=view)
-        for where, plane in zip(drawing, PLANES, strict=True):
+        for column, plane in zip(row, PLANES, strict=True):
             picture = pictures[plane]
-            where.image(picture.png, alt=picture.alt, width="content")
+            column.image(picture.png, alt=picture.alt, width="content", output_format="PNG")
+            last = max(image.shape[AXIS[plane]] - 1, 1)
+            column.slider(f"{plane.capitalize()} slice", 0, last, key=state[plane])
+        if fit:
+            first_map = next(iter(fit))
+            st.button(
+                f"Go to the largest tumour area ({first_map})",
+                on_click=_go_to,
+                args=(state, image, fit[first_map]),
+                key=f"{key}-largest",
+            )
         _legend(against != NONE, synthetic, view, place_of)
         if len(names) > 1:
             _side_by_side(key, image, fit, place_of, view, shown)
@@ -107,29 +116,24 @@ def _view(key: str, image: LoadedVolume, opacity: float, synthetic: bool, pixels
     )
 
 
-def _sliders(
-    key: str, image: LoadedVolume, maps: Mapping[str, LoadedVolume], columns: Sequence[DeltaGenerator]
-) -> tuple[float, float, float]:
-    """Sliders of the three planes; the keys of arrows move the one that has the focus."""
+def _states(key: str, image: LoadedVolume, maps: Mapping[str, LoadedVolume]) -> dict[Plane, str]:
+    """Keys of the three sliders, set to where the tumour is largest at first.
+
+    Pictures stand above their sliders, and take the sliders' values from the session, which has them before the
+    sliders are drawn. The keys of arrows move the slider that has the focus.
+    """
     state = {plane: f"{key}-{plane}-{image.shape}" for plane in PLANES}
-
-    def go_to(labels: LoadedVolume) -> None:
-        target = focus_mm(labels)
-        if target is not None:
-            for plane, number in slices_at(image, target).items():
-                st.session_state[state[plane]] = number
-
     if any(name not in st.session_state for name in state.values()):
         for plane, number in slices_at(image, start_point(image, maps)).items():
             st.session_state[state[plane]] = number
-    found: dict[Plane, int] = {}
-    for column, plane in zip(columns, PLANES, strict=True):
-        last = image.shape[AXIS[plane]] - 1
-        found[plane] = int(column.slider(f"{plane.capitalize()} slice", 0, max(last, 1), key=state[plane]))
-    if maps:
-        first = next(iter(maps))
-        st.button(f"Go to the largest tumour area ({first})", on_click=go_to, args=(maps[first],), key=f"{key}-largest")
-    return point_of(image, found)
+    return state
+
+
+def _go_to(state: Mapping[Plane, str], image: LoadedVolume, labels: LoadedVolume) -> None:
+    target = focus_mm(labels)
+    if target is not None:
+        for plane, number in slices_at(image, target).items():
+            st.session_state[state[plane]] = number
 
 
 def _legend(difference: bool, synthetic: bool, view: View, mm: tuple[float, float, float]) -> None:
@@ -163,4 +167,4 @@ def _side_by_side(
     for column, (name, labels) in zip(st.columns(len(maps)), maps.items(), strict=True):
         picture = slice_picture(image, plane, mm, overlay=overlay_of({name: labels}, name, shown=shown), view=view)
         column.markdown(f"**{frame.plain(name)}**")
-        column.image(picture.png, alt=f"{name}: {picture.alt}", width="content")
+        column.image(picture.png, alt=f"{name}: {picture.alt}", width="content", output_format="PNG")
