@@ -146,6 +146,13 @@ def test_privacy_page_says_what_is_missing(demo: Path) -> None:
     assert not app.exception and app.warning
 
 
+def test_segmenting_says_what_the_model_is_worth(demo: Path) -> None:
+    assert "trained on no patient" in opened("segmenting").selectbox[0].options[-1]
+    assert "on no patient" in html_of(opened("segmenting"))
+    (demo / "run" / "bundle").mkdir()
+    assert "NOT PRIVATE" in html_of(opened("segmenting"))
+
+
 def test_segmenting_refuses_paths_outside(demo: Path) -> None:
     app = opened("segmenting")
     folder = next(found for found in app.text_input if found.label.startswith("Case folder"))

@@ -9,6 +9,7 @@ import streamlit as st
 from fediod_med.errors import FediodError, InputError
 from fediod_med.labels import SEQUENCES
 from fediod_med.review.case_folder import read_cases
+from fediod_med.review.run_folder import read_run
 from fediod_med.review.settings import MAX_UPLOAD_MB
 from fediod_med.review.tables import finding_rows
 from fediod_med.review.uploads import ENDINGS, guess_sequence, keep_uploads, new_code
@@ -16,6 +17,7 @@ from fediod_med.review.viewing import case_images, case_maps
 from review_pages import frame, viewer
 
 PRIOR = "public prior (trained on no patient)"
+PRIOR_BANNER = "Public prior: trained on phantoms, on no patient"
 
 
 def page() -> None:
@@ -24,6 +26,7 @@ def page() -> None:
     runs = [entry for entry in frame.roots().runs() if (entry.path / "bundle").is_dir()]
     name = st.selectbox("Model", [*(run.name for run in runs), PRIOR], key="segment-model")
     model = next((run.path for run in runs if run.name == name), None)
+    frame.banner(PRIOR_BANNER if model is None else read_run(model).banner)
     way = st.segmented_control(
         "Input", ["Folder", "Files"], default="Folder", key="segment-way", required=True, label_visibility="collapsed"
     )
@@ -107,7 +110,6 @@ def _result() -> None:
     if found is None:
         return
     folder = read_cases(Path(found[0]), frame.roots())
-    frame.banner(folder.banner)
     case_id = st.selectbox("Case", [case for case in found[1] if case in folder.cases], key="segmented-case")
     if case_id is None:
         return
