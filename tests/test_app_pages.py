@@ -160,3 +160,35 @@ def test_segmenting_refuses_paths_outside(demo: Path) -> None:
         folder.set_value(bad).run()
         button(app, "Check and segment").click().run()
         assert app.error and not app.exception
+
+
+def test_segmenting_follows_no_link_out_of_the_roots(demo: Path, tmp_path: Path) -> None:
+    inside = demo / "linked" / "case-a"
+    inside.mkdir(parents=True)
+    outside = tmp_path / "outside"
+    (demo / "unseen" / "case-a").rename(outside)
+    for path in outside.iterdir():
+        (inside / path.name).symlink_to(path)
+    app = opened("segmenting")
+    next(found for found in app.text_input if found.label.startswith("Case folder")).set_value("linked").run()
+    button(app, "Check and segment").click().run()
+    assert any("outside" in error.value for error in app.error) and not app.exception
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_uploaded_files_are_checked_under_a_code(demo: Path, tmp_path: Path) -> None:
+    app = opened("segmenting")
+    next(found for found in app.get("button_group") if found.options == ["Folder", "Files"]).set_value("Files").run()
+    folder = demo / "unseen" / "case-b"
+    names = [f"case-b-{suffix}.nii.gz" for suffix in ("t1c", "t1n", "t2w")]
+    files = [(f"Doe_{name}", (folder / name).read_bytes(), "application/gzip") for name in names]
+    files.append(("Doe_flair.nii.gz", b"no gzip at all", "application/gzip"))
+    app.get("file_uploader")[0].set_value(files).run()
+    app.text_input(key="segment-code").set_value("code-7").run()
+    button(app, "Check and segment").click().run()
+    assert not app.exception, app.exception
+    kept = sorted(path.name for path in (tmp_path / "work" / "uploads" / "code-7").iterdir())
+    assert len(kept) == 4 and all(name.startswith("code-7-") for name in kept)
+    told = " ".join([error.value for error in app.error] + [str(table.value) for table in app.dataframe])
+    assert told and "Doe" not in told
+    assert not list((tmp_path / "work").rglob("*_seg.nii.gz"))

@@ -85,6 +85,9 @@ def _segment(source: Path, model: Path | None) -> None:
         cases = resolve(source)
     except OSError as error:
         raise InputError(f"{source.name}: cannot be read ({error.strerror})") from error
+    for case in cases:
+        for path in case.subject.images.values() if case.subject is not None else ():
+            frame.roots().file(path)  # a link may lead out of the chosen folders
     named = source.name if source.is_relative_to(frame.settings().work) else f"{source.parent.name}-{source.name}"
     out = frame.settings().work / named
     bar = st.progress(0.0, "Loading the model")

@@ -23,6 +23,7 @@ RATING_WORDS: Mapping[int, str] = {
     3: "3 small corrections",
     4: "4 as an expert would draw it",
 }
+RATING_SHORT: Mapping[int, str] = {1: "unusable", 2: "large fix", 3: "small fix", 4: "expert"}
 
 
 def open_comparisons(events: Iterable[Event]) -> tuple[tuple[str, str, str], ...]:
