@@ -224,6 +224,7 @@ def test_what_was_answered_survives_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "reviews.sqlite"
     worker = context.Process(target=rate_for_ever, args=(str(path), theirs))
     worker.start()
+    theirs.close()  # so that a worker that dies early ends the wait
     answered = [ours.recv() for _ in range(8)]
     worker.kill()
     worker.join(60)
