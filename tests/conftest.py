@@ -24,7 +24,7 @@ def _torch_uses_no_more_threads_than_cores() -> None:
 
 @pytest.fixture(autouse=True)
 def _main_module_stays() -> Iterator[None]:
-    """Streamlit's test runner puts a page in the place of `__main__`, and processes spawned later would run that page."""
+    """Streamlit puts a page in the place of `__main__`, and processes spawned later would run that page."""
     main = sys.modules["__main__"]
     yield
     sys.modules["__main__"] = main
