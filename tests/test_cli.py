@@ -10,21 +10,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from command import run  # type: ignore[import-not-found]
 
-from fediod_med.cli.main import command_line
 from fediod_med.data.phantoms import Grid, hospital_profiles, write_cohort
-from fediod_med.errors import FediodError
-
-
-def run(*words: object) -> tuple[int, str]:
-    """Exit code and output of `fediod WORDS`, with known errors handled as `main` handles them."""
-    result = CliRunner().invoke(command_line(), [str(word) for word in words], catch_exceptions=True)
-    if isinstance(result.exception, FediodError):
-        return 2, str(result.exception)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
 
 
 @pytest.fixture(scope="module")

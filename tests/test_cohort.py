@@ -16,12 +16,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from command import run  # type: ignore[import-not-found]
 
 import fediod_med
-from fediod_med.cli.main import command_line
 from fediod_med.data.phantoms import Grid, hospital_profiles, write_cohort
-from fediod_med.errors import FediodError, InputError, SettingsError
+from fediod_med.errors import InputError, SettingsError
 from fediod_med.findings import RefusedInput
 from fediod_med.segmentation.cohort import segment_cohort
 from fediod_med.segmentation.inputs import find_inputs, part_of
@@ -29,15 +28,6 @@ from fediod_med.segmentation.options import SegmentOptions, load_model
 from fediod_med.segmentation.steps import CaseSegmenter
 
 CPU = torch.device("cpu")
-
-
-def run(*words: object) -> tuple[int, str]:
-    result = CliRunner().invoke(command_line(), [str(word) for word in words], catch_exceptions=True)
-    if isinstance(result.exception, FediodError):
-        return 2, str(result.exception)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from fediod_med.data.itk_formats import read_any_scan, read_any_subject, read_scans
+from fediod_med.data.itk_formats import read_any_scan, read_scans
 from fediod_med.data.layouts import Subject, find_cases, find_subject
-from fediod_med.data.nifti import read_scan, read_subject, write_label_map, write_volumes
+from fediod_med.data.nifti import on_one_grid, read_scan, read_subject, write_label_map, write_volumes
 from fediod_med.errors import GeometryError, InputError, LabelError
 from fediod_med.labels import SCHEMES, SEQUENCES
 
@@ -112,7 +112,7 @@ def test_a_real_case_is_the_same_in_every_format(tmp_path, shared_data):
     subject = find_subject(shared_data / "brats18_2mm" / "HGG" / "Brats18_2013_3_1")
     endings = dict(zip(SEQUENCES, [".nrrd", ".mha", ".mhd", ".nii.gz"], strict=True))
     images = {name: convert(path, tmp_path / f"c_{name}{endings[name]}") for name, path in subject.images.items()}
-    found, expected = read_any_subject(find_subject(tmp_path)), read_subject(subject)
+    found, expected = on_one_grid(read_scans(find_subject(tmp_path))), read_subject(subject)
     assert find_subject(tmp_path).images == images
     assert np.array_equal(found.array, expected.array)
     assert np.allclose(found.affine, expected.affine, atol=1e-4)
@@ -133,7 +133,7 @@ def case_of(folder: Path, ending: str) -> Path:
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_folder_of_such_files_is_a_case(tmp_path, ending):
     subject = find_subject(case_of(tmp_path / "case", ending))
-    volume = read_any_subject(subject)
+    volume = on_one_grid(read_scans(subject))
     assert volume.array.shape == (4, *SHAPE)
     for i in range(4):
         assert np.array_equal(volume.array[i], noise(i))
@@ -150,7 +150,7 @@ def test_scans_keep_their_own_grids_and_one_volume_needs_one_grid(tmp_path):
     assert scans["T2"].array.shape == (4, 4, 4)
     assert np.array_equal(scans["T2"].affine, np.eye(4))
     with pytest.raises(GeometryError, match="expected shape"):
-        read_any_subject(subject)
+        on_one_grid(read_scans(subject))
 
 
 def test_a_4d_nifti_file_gives_its_scans_too(tmp_path):

@@ -42,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data.nifti", "data.partitions", "checkpoints", "ensemble", "lesions", "lesionwise", "uncertainty"),
     ("data.layouts", "networks", "losses", "metrics", "devices", "privacy"),
     ("findings",),
-    ("labels", "pipeline", "progress", "protocol", "resources"),
+    ("durable", "labels", "pipeline", "progress", "protocol", "resources"),
     ("errors",),
 )
 SIBLINGS_ALLOWED = ("cli", "privacy", "checks", "dicom", "review", "segmentation")  # packages whose files are one unit

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from fediod_med.data.layouts import Subject
-from fediod_med.data.nifti import Scan, Volume, checked_scan, on_one_grid, read_scan, read_subject
+from fediod_med.data.nifti import Scan, checked_scan, read_scan
 from fediod_med.errors import GeometryError, InputError
 from fediod_med.labels import SEQUENCES
 
@@ -81,20 +81,6 @@ def read_scans(subject: Subject) -> Mapping[str, Scan]:
         )
     channels = subject.channels or {}
     return {name: read_any_scan(subject.images[name], name, channel=channels.get(name)) for name in SEQUENCES}
-
-
-def read_any_subject(subject: Subject) -> Volume:
-    """As `fediod_med.data.nifti.read_subject`, for files of any format that `read_any_scan` reads.
-
-    The label map of a volume whose `path` is no NIfTI file is written by `write_label_map`.
-
-    Raises:
-        InputError: as `read_scans`.
-        GeometryError: as `read_scans`, or the sequences are on different grids.
-    """
-    if not any(is_itk_format(path) for path in subject.images.values()):
-        return read_subject(subject)
-    return on_one_grid(read_scans(subject))
 
 
 def ras_affine(origin: tuple[float, ...], spacing: tuple[float, ...], direction: tuple[float, ...]) -> np.ndarray:

@@ -14,8 +14,6 @@ import io
 import itertools
 import logging
 import math
-import os
-import secrets
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
 from fediod_med.data.layouts import Subject
+from fediod_med.durable import write_verified
 from fediod_med.errors import GeometryError, InputError, LabelError
 from fediod_med.labels import CLASSES, SEQUENCES, LabelScheme, from_classes, to_classes
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
@@ -597,28 +596,7 @@ def _write(path: Path, values: np.ndarray, header: Any, verify: Callable[[Path],
     content = _IMAGES[int(header["sizeof_hdr"])](values, None, header).to_bytes()
     if ending == ".nii.gz":
         content = gzip.compress(content, _GZIP_LEVEL, mtime=0)
-    temporary = path.with_name(f".{secrets.token_hex(8)}{ending}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        verify(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: could not be written ({error}); check the folder, its rights and free space"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    write_verified(path, lambda stream: stream.write(content), verify, ending=ending)
 
 
 def _is_zipped(path: Path) -> bool:

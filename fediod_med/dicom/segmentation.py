@@ -7,10 +7,7 @@ carries the patient and study of its source series, as it must to be found besid
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from fediod_med.dicom.headers import load_pydicom, read_file
 from fediod_med.dicom.planes import planes_of
 from fediod_med.dicom.series import DicomSeries
 from fediod_med.dicom.volume import geometry
+from fediod_med.durable import write_verified
 from fediod_med.errors import GeometryError, InputError, LabelError, SettingsError
 from fediod_med.labels import CLASSES
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
@@ -93,28 +91,7 @@ def write_dicom_seg(
     load_pydicom()
     mask = _on_source_grid(path, classes, affine, source)
     segmentation = _build(path, mask, source, kind, algorithm_name, version)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.dcm")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as stream:
-            segmentation.save_as(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        _verify(path, temporary, mask)
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: could not be written ({error}); check the folder, its rights and free space"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    write_verified(path, segmentation.save_as, lambda written: _verify(path, written, mask), ending=".dcm")
 
 
 def _on_source_grid(path: Path, classes: np.ndarray, affine: np.ndarray, source: DicomSeries) -> Any:
