@@ -6,7 +6,6 @@ The weights are safetensors (no pickle), and `inference.yaml` names their SHA-25
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -22,6 +21,7 @@ from fediod_med.checkpoints import Provenance, load_segmenter, save_weights, wri
 from fediod_med.errors import SettingsError, WeightsError
 from fediod_med.inference import privacy_banner, privacy_terms
 from fediod_med.labels import REGIONS
+from fediod_med.records import sha256
 from fediod_med.resources import NOT_FOR_CLINICAL_USE, bundle_dir, public_prior
 
 WEIGHTS = Path("models", "model.safetensors")
@@ -58,7 +58,7 @@ def write_central_bundle(
         raise SettingsError(f"{out}: expected a folder for the written bundle, found the template; choose another")
     save_weights(out / WEIGHTS, weights, provenance)
     load_segmenter(out / WEIGHTS)  # an unusable bundle must fail here, not at the first scan
-    digest = _sha256(out / WEIGHTS)
+    digest = sha256(out / WEIGHTS)
     for name in ("LICENSE", "configs/logging.conf", "configs/metadata.schema.json"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(template / name, out / name)
@@ -102,7 +102,7 @@ def locate_bundle(weights_sha256: str) -> str:
         if weights in seen or not weights.is_file():
             continue
         seen.add(weights)
-        if _sha256(weights) == weights_sha256:
+        if sha256(weights) == weights_sha256:
             return str(root)
     raise SettingsError(
         f"central bundle: expected {WEIGHTS} with SHA-256 {weights_sha256[:12]}..., found "
@@ -124,7 +124,7 @@ def bundle_weights(root: Path) -> Path:
     weights, config = root / WEIGHTS, root / "configs" / "inference.yaml"
     if not weights.is_file():
         raise WeightsError(f"{root}: expected a bundle with {WEIGHTS}, found none")
-    if config.is_file() and _sha256(weights) not in config.read_text(encoding="utf-8"):
+    if config.is_file() and sha256(weights) not in config.read_text(encoding="utf-8"):
         raise WeightsError(f"{weights}: not the weights that {config} names; copy the bundle again")
     return weights
 
@@ -233,11 +233,6 @@ def _privacy_text(provenance: Provenance) -> str:
         return f"{privacy_banner(provenance)}."
     lines = [f"- {site}: {privacy_terms(provenance.privacy.get(site))}" for site in provenance.sites]
     return "The protected unit is the patient.\n\n" + "\n".join(lines)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _write(path: Path, text: str) -> None:
