@@ -77,7 +77,7 @@ def train_plain(
     """The same draws, steps, loss, rehearsal and average without clipping and noise."""
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
     average = torch.optim.swa_utils.AveragedModel(
-        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(1 - min(0.5, 10 / STEPS))
+        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(1 - min(0.5, 4 / STEPS))
     )
     for step in range(STEPS):
         drawn = [crops(patients[int(i)], 1) for i in poisson_draw(len(patients), q)]

@@ -49,7 +49,8 @@ class PrivateSchedule:
         subspace: number of public gradients whose span the patients' gradients are projected on (`privacy.subspace`);
             0 trains in all directions.
         refresh: steps after which that basis is computed anew.
-        average: momentum of the averaged weights; `min(.5, 10 / steps)` when omitted, a mean over the last tenth.
+        average: momentum of the averaged weights; `min(.5, 4 / steps)` when omitted, a mean over the last quarter:
+            noise averages out, and averaging spends nothing.
         precision: `float32`, or `bfloat16` for matrix products and convolutions; gradients stay float32, clipping and
             noise float64.
     """
@@ -96,7 +97,7 @@ class PrivateSchedule:
     @property
     def averaging(self) -> float:
         """Momentum of the averaged weights."""
-        return min(0.5, 10 / max(self.mechanism.steps, 1)) if self.average is None else self.average
+        return min(0.5, 4 / max(self.mechanism.steps, 1)) if self.average is None else self.average
 
     def digest(self) -> str:
         """SHA-256 over all settings, for the permit and the checkpoint; `extra` holds what the caller fixes beside."""
