@@ -133,6 +133,32 @@ def test_resume_with_other_options_or_model_does_everything_again(folder, tmp_pa
     ]
 
 
+def test_an_old_result_never_passes_for_a_new_one(folder, tmp_path):
+    case, other, *rest = sorted(folder.iterdir())
+    for path in rest:
+        shutil.rmtree(path)
+    out = tmp_path / "out"
+    first = run("segment", "-i", folder, "-o", out, "--quiet", "--report")
+    assert first[0] == 0
+    before = label_maps(out)
+    run("segment", "-i", folder, "-o", out, "--quiet", "--no-preview")
+    assert not (out / f"{other.name}_report.html").exists(), "a report of another call than the map beside it"
+    assert (out / f"{other.name}_report.html.superseded").is_file()
+    truncated = next(case.glob("*_t2.nii.gz"))
+    truncated.write_bytes(truncated.read_bytes()[:500])
+    for _ in range(2):
+        code, _ = run("segment", "-i", folder, "-o", out, "--quiet", "--no-preview")
+        assert code == 1
+        assert sorted(label_maps(out)) == [f"{other.name}_seg.nii.gz"]
+        kept = sorted(out.glob(f"{case.name}_seg.nii.gz.superseded*"))
+        assert [path.read_bytes() for path in kept] == [before[f"{case.name}_seg.nii.gz"]]
+    broken = next(other.glob("*_t2.nii.gz"))
+    broken.write_bytes(broken.read_bytes()[:500])
+    code, _ = run("segment", "-i", other, "-o", out, "--quiet", "--no-preview")
+    assert code == 2
+    assert not label_maps(out)
+
+
 def test_parts_are_disjoint_and_complete(folder, tmp_path):
     cases = find_inputs(folder)
     parts = [part_of(cases, parts=3, part=i) for i in range(3)]

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 RECORDS = "records"
 VOLUME_COLUMNS = ("NCR", "ED", "ET", "TC", "WT")
+SUPERSEDED = ".superseded"
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def segment_cohort(
                 record = _done(outcome.written, segmenter)
             else:
                 record = _failed(outcome.item, outcome.error, segmenter)
+            _set_aside(outcome.item.case_id, record, out)
             write_json(out / RECORDS / f"{outcome.item.case_id}.json", record)
             settle(CaseResult(outcome.item.case_id, str(record["status"]), record))
         ordered = tuple(results[case.case_id] for case in cases)
@@ -112,18 +114,23 @@ def segment_cohort(
 
 
 def segment_one(case: Case, segmenter: CaseSegmenter) -> tuple[CaseResult, Written]:
-    """Segment one case, with the same records; a failure is raised, and nothing is written then.
+    """Segment one case, with the same records; a failure is raised, nothing is written then, and old outputs set aside.
 
     Raises:
         InputError: the case cannot be segmented (`RefusedInput` with its findings).
         SettingsError: another process works on the same folder, or an output does not fit the input.
     """
     began = time.perf_counter()
-    computed = segmenter.compute(segmenter.read(case))
+    try:
+        computed = segmenter.compute(segmenter.read(case))
+    except FediodError:
+        _set_aside(case.case_id, {"outputs": {}}, segmenter.out)
+        raise
     segmenter.out.mkdir(parents=True, exist_ok=True)
     with _sole_user(segmenter.out, ""):
         written = segmenter.write(computed)
         result = CaseResult(case.case_id, "done", _done(written, segmenter))
+        _set_aside(case.case_id, result.record, segmenter.out)
         write_json(segmenter.out / RECORDS / f"{case.case_id}.json", result.record)
         _write_tables((result,), segmenter, part="", seconds=time.perf_counter() - began)
     return result, written
@@ -184,6 +191,28 @@ def _failed(case: Case, error: Exception | None, segmenter: CaseSegmenter) -> di
         "findings": [found.model_dump(mode="json") for found in findings],
         "outputs": {},
     }
+
+
+def _set_aside(case_id: str, record: Mapping[str, Any], out: Path) -> None:
+    """Rename what the case's earlier record names and `record` does not, by a number where that name is taken too."""
+    path = out / RECORDS / f"{case_id}.json"
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))["outputs"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s: earlier record unreadable (%s); older outputs of this case may lie beside", path, error)
+        return
+    for name in set(earlier) - set(record["outputs"]):
+        old = (out / name).resolve()
+        if not old.is_file() or not old.is_relative_to(out.resolve()):
+            continue
+        aside, number = old.with_name(old.name + SUPERSEDED), 1
+        while aside.exists():
+            number += 1
+            aside = old.with_name(f"{old.name}{SUPERSEDED}-{number}")
+        old.rename(aside)
+        logger.warning("%s: output of an earlier call set aside as %s", name, aside.name)
 
 
 def _write_tables(results: Sequence[CaseResult], segmenter: CaseSegmenter, *, part: str, seconds: float) -> None:
