@@ -7,11 +7,12 @@ error), P privacy (the file names or may name the patient), N note. Numbers are 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from fediod_med.errors import InputError
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
@@ -52,7 +53,8 @@ class Finding(BaseModel):
         case: id of the case.
         where: file, series or pair of files, without identifying header values.
         message: what was expected and what was found.
-        value: the number or text behind it (mm, share, count), or none.
+        value: the number or text behind it (mm, share, count), or none; a number that is not finite becomes its name,
+            since JSON has none for it.
         fix: what to do.
     """
 
@@ -65,6 +67,11 @@ class Finding(BaseModel):
     message: str
     value: float | int | str | None = None
     fix: str
+
+    @field_validator("value")
+    @classmethod
+    def _as_json_has_it(cls, value: float | int | str | None) -> float | int | str | None:
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 CATALOGUE: Mapping[str, Code] = {
@@ -100,6 +107,7 @@ CATALOGUE: Mapping[str, Code] = {
             "convert the files to an uncompressed transfer syntax, for example with gdcmconv --raw",
         ),
         Code("E135", "several patients or studies in one folder", "give each study its own folder"),
+        Code("W135", "an unused series of another patient or study", "check that the folder is the right patient's"),
         Code("W136", "several series fit one sequence", "name the series to use if another one was meant"),
         Code("W137", "the same DICOM slice more than once", "nothing to do; the copies are not used"),
         Code("W138", "a DICOM series may be incomplete", "compare the number of slices with the archive"),
@@ -185,4 +193,4 @@ def fatal(findings: Iterable[Finding], *, strict: bool = False) -> list[Finding]
 def as_json(findings: Iterable[Finding]) -> str:
     """Findings as a JSON document with the notice, ordered as given."""
     rows = [found.model_dump(mode="json") for found in findings]
-    return json.dumps({"notice": NOT_FOR_CLINICAL_USE, "findings": rows}, indent=2) + "\n"
+    return json.dumps({"notice": NOT_FOR_CLINICAL_USE, "findings": rows}, indent=2, allow_nan=False) + "\n"

@@ -12,7 +12,7 @@ import pytest
 
 from fediod_med.checks.case import Inspection, inspect_subject
 from fediod_med.data.layouts import Subject
-from fediod_med.findings import as_json, fatal
+from fediod_med.findings import as_json, fatal, finding
 from fediod_med.labels import SEQUENCES, get_scheme
 
 AFFINE = np.diag([-2.0, -2.0, 2.0, 1.0])
@@ -98,3 +98,10 @@ def test_random_damage_to_a_header_becomes_findings(subject):
         codes |= {found.code for found in findings}
         path.write_bytes(originals[path])
     assert len({code for code in codes if code.startswith("E")}) >= 6, sorted(codes)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_json_does_not_have_is_written_as_its_name(number) -> None:
+    found = finding("E110", case="a", where="scan.nii.gz", message="odd", value=number)
+    (row,) = json.loads(as_json([found]), parse_constant=refuse_constant)["findings"]
+    assert row["value"] == str(number)

@@ -401,3 +401,17 @@ def test_series_that_do_not_belong_together(values, code, images, tmp_path) -> N
         edit(path, **values)
     (found,) = read_study(tmp_path).findings
     assert (found.code, found.value) == (code, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "word"), [({"PatientID": "CODE2"}, "patient"), ({"StudyInstanceUID": "1.2.9"}, "study")]
+)
+def test_a_stranger_among_unused_series_is_named(values, word, images, tmp_path) -> None:
+    write_study(tmp_path, images, STRAIGHT)
+    shutil.copytree(tmp_path / "SE04", tmp_path / "SE09")
+    for path in (tmp_path / "SE09").iterdir():
+        edit(path, SeriesInstanceUID="1.2.3.9", SeriesDescription="localizer", SeriesNumber=9, **values)
+    study = read_study(tmp_path)
+    (found,) = [one for one in study.findings if one.code == "W135"]
+    assert f"one {word}" in found.message and "CODE2" not in found.message
+    assert study.usable

@@ -76,6 +76,7 @@ def read_study(path: Path, *, chosen: Mapping[str, str | Path] | None = None, ca
     considered = list(by_sequence.values()) if len(by_sequence) == len(SEQUENCES) else list(series)
     findings += [found for one in by_sequence.values() for found in one.findings]
     findings += _study_findings(considered, by_sequence, path, case or "")
+    findings += _strangers(considered, series, path, case or "")
     subject_id = pseudonym(considered)
     used = {one.uid for one in by_sequence.values()}
     return Study(
@@ -137,6 +138,22 @@ def _pick(series: Sequence[DicomSeries], path: Path, wanted: str | Path, name: s
             code="E133",
         )
     return found[0]
+
+
+def _strangers(
+    considered: Sequence[DicomSeries], series: Sequence[DicomSeries], path: Path, case: str
+) -> Iterator[Finding]:
+    """Series beside those of the case that belong to another patient or study: the folder may be the wrong one."""
+    taken = {one.uid for one in considered}
+    for keyword, what in (("PatientID", "patient"), ("StudyInstanceUID", "study")):
+        own = {str(value(one.headers[0], keyword)) for one in considered}
+        strange = [
+            one.name for one in series if one.uid not in taken and str(value(one.headers[0], keyword)) not in own
+        ]
+        if strange:
+            message = f"expected series of one {what}, found of another, not used: {', '.join(strange)}"
+            yield finding("W135", case=case, where=path, message=message, value=len(strange))
+            return
 
 
 def _study_findings(
