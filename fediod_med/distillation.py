@@ -30,6 +30,7 @@ from fediod_med.checkpoints import load_state, save_state
 from fediod_med.data.sampler import PublicBatch, PublicSampler
 from fediod_med.data.transforms import flip_together, jitter
 from fediod_med.devices import autocast
+from fediod_med.encodings import ENCODINGS, FP16
 from fediod_med.ensemble import competence_weights, merge, public_dice, site_shares
 from fediod_med.errors import ProtocolError, SettingsError, WeightsError
 from fediod_med.losses import (
@@ -110,6 +111,7 @@ class Schedule:
         rehearsal: share of each student batch drawn afresh from the simulator with its label map as the target; the
             pairs of the replay buffer are few, and the student would forget its prior on them.
         checkpoint_every: rounds between checkpoints.
+        encoding: of the hospitals' replies, `fp16` or `compact` (`encodings`).
     """
 
     rounds: int = 120
@@ -124,6 +126,7 @@ class Schedule:
     truth: float = 0.0
     rehearsal: float = 0.5
     checkpoint_every: int = 25
+    encoding: str = FP16
 
 
 @dataclass
@@ -244,7 +247,7 @@ def distill(
         except WeightsError as error:
             raise WeightsError(f"{checkpoint}: {error}; resume with the settings the run was started with") from error
         logger.info("resumed after round %d", state.round)
-    hospitals = _Hospitals(federation, run_id=run_id, quorum=needed, timeout_s=timeout_s)
+    hospitals = _Hospitals(federation, run_id=run_id, quorum=needed, timeout_s=timeout_s, encoding=schedule.encoding)
     if state.counts is None:
         described = _Hospitals(federation, run_id=run_id, quorum=everyone, timeout_s=timeout_s).ask("describe", 0, {})
         state.counts = torch.stack([described[site]["class_counts"] for site in federation.site_names])
@@ -298,8 +301,11 @@ def distill(
 class _Hospitals:
     """Asks the federation and keeps only good replies; a shortfall of the quorum is an error."""
 
-    def __init__(self, federation: Federation, *, run_id: str, quorum: int, timeout_s: float) -> None:
+    def __init__(
+        self, federation: Federation, *, run_id: str, quorum: int, timeout_s: float, encoding: str = FP16
+    ) -> None:
         self._federation = federation
+        self._encoding = encoding
         self._run_id = run_id
         self._quorum = quorum
         self._timeout_s = timeout_s
@@ -308,14 +314,16 @@ class _Hospitals:
         self, kind: str, number: int, tensors: Mapping[str, Tensor], **settings: Setting
     ) -> dict[str, Mapping[str, Tensor]]:
         """The same query to every hospital."""
-        query = Query(kind, self._run_id, number, tensors, settings)
+        query = Query(kind, self._run_id, number, tensors, {"encoding": self._encoding, **settings})
         return self.ask_each(dict.fromkeys(self._federation.site_names, query))
 
     def pull_back(self, number: int, gradients: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
         """Each hospital's own logit gradient, back to x."""
         return self.ask_each(
             {
-                site: Query("pull_back", self._run_id, number, {"logit_gradient": gradient})
+                site: Query(
+                    "pull_back", self._run_id, number, {"logit_gradient": gradient}, {"encoding": self._encoding}
+                )
                 for site, gradient in gradients.items()
             }
         )
@@ -349,6 +357,8 @@ def _check(
             f"distillation: expected a rehearsal that leaves at least one of {schedule.student_batch} volumes of a "
             f"batch to the replay buffer, found {schedule.rehearsal}"
         )
+    if schedule.encoding not in ENCODINGS:
+        raise SettingsError(f"distillation: expected encoding {' or '.join(ENCODINGS)}, found {schedule.encoding!r}")
     if not 0 <= schedule.phantom_share <= 1:
         raise SettingsError(f"distillation: expected a phantom_share of 0 to 1, found {schedule.phantom_share}")
     conditional = generator is not None and generator.mode == "conditional"

@@ -1,7 +1,8 @@
 """What passes between the centre and a hospital, and how it is written down.
 
 A message is a flat safetensors file: float tensors as fp16 with one fp32 scale each, integers as they are, and a JSON
-header of plain values. Nothing in it can execute. Both ends check names, dtypes and finiteness.
+header of plain values; `compact` makes probabilities and gradients smaller (`encodings`) and deflates the whole.
+Nothing in it can execute. Both ends check names, dtypes, sizes and finiteness.
 """
 
 from __future__ import annotations
@@ -16,11 +17,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fediod_med.encodings import (
+    COMPACT,
+    FP16,
+    check_encoding,
+    deflate,
+    inflate,
+    quantise_probabilities,
+    restore_probabilities,
+    to_float8,
+)
 from fediod_med.errors import ProtocolError
 
 Setting = str | int | float | bool
 _HEADER = "fediod_message"
 _SCALE = "/scale"
+_BOX, _SHAPE = "/box", "/shape"
+_PROBABILITIES = "probs"
+_GRADIENT = "gradient"  # in the names of tensors that may be rounded to float8
 
 QUERY_KINDS: Mapping[str, frozenset[str]] = {
     "describe": frozenset(),
@@ -96,17 +110,20 @@ class Federation(Protocol):
         """
 
 
-def pack(message: Query | Reply) -> bytes:
+def pack(message: Query | Reply, *, encoding: str = FP16) -> bytes:
     """Serialise a message.
 
     Float tensors are divided by their largest magnitude and stored as fp16 with that fp32 scale beside them, so that
     gradients of any size keep fp16's relative precision (2**-11, down to 2**-14 of the largest value; absolute below).
-    Integer and bool tensors are stored unchanged.
+    Integer and bool tensors are stored unchanged. With `compact`, probabilities are 8-bit inside the box where a class
+    but the first is left, gradients are float8, and the file is deflated.
 
     Raises:
-        ProtocolError: unknown kind, undeclared or missing tensor, complex numbers, or a value that is not finite.
+        ProtocolError: unknown kind or encoding, undeclared or missing tensor, complex numbers, or a value that is not
+            finite.
     """
     _check(message)
+    compact = check_encoding(encoding) == COMPACT
     tensors: dict[str, Tensor] = {}
     for name, tensor in message.tensors.items():
         tensor = tensor.detach().cpu()
@@ -115,6 +132,12 @@ def pack(message: Query | Reply) -> bytes:
             peak = tensor.abs().max() if tensor.numel() else tensor.new_zeros(())
             if not torch.isfinite(peak):
                 raise ProtocolError(f"{message.kind}: expected finite values in {name!r}, found NaN or Inf")
+            if compact and name == _PROBABILITIES:
+                tensors |= {name + part: made for part, made in quantise_probabilities(tensor).items()}
+                continue
+            if compact and _GRADIENT in name:
+                tensors[name], tensors[name + _SCALE] = to_float8(tensor)
+                continue
             scale = torch.where(peak > 0, peak, torch.ones(()))
             tensors[name] = (tensor / scale).half().contiguous()
             tensors[name + _SCALE] = scale
@@ -127,15 +150,17 @@ def pack(message: Query | Reply) -> bytes:
         header |= {"type": "query", "run_id": message.run_id, "settings": dict(message.settings)}
     else:
         header |= {"type": "reply", "site": message.site}
-    return save(tensors, metadata={_HEADER: json.dumps(header, sort_keys=True)})
+    data = save(tensors, metadata={_HEADER: json.dumps(header, sort_keys=True)})
+    return deflate(data) if compact else data
 
 
 def unpack(data: bytes) -> Query | Reply:
-    """Read a message; the inverse of `pack` up to fp16 rounding of float tensors (returned as float32).
+    """Read a message in any encoding; the inverse of `pack` up to rounding of float tensors (returned as float32).
 
     Raises:
         ProtocolError: not a message, or one that `pack` would have refused.
     """
+    data = inflate(data)
     try:
         tensors = load(data)
         length = int.from_bytes(data[:8], "little")
@@ -146,8 +171,11 @@ def unpack(data: bytes) -> Query | Reply:
     kind = message.kind
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(_SCALE)}
     restored: dict[str, Tensor] = {}
+    if _PROBABILITIES + _BOX in tensors:
+        parts = {part: tensors.pop(_PROBABILITIES + part, torch.zeros(0)) for part in ("", _BOX, _SHAPE)}
+        restored[_PROBABILITIES] = restore_probabilities(parts)
     for name, tensor in tensors.items():
-        if tensor.dtype == torch.float16:
+        if tensor.dtype == torch.float16 or (tensor.dtype == torch.float8_e4m3fn and _GRADIENT in name):
             scale = scales.pop(name + _SCALE, None)
             if scale is None or scale.shape != () or scale.dtype != torch.float32:
                 raise ProtocolError(f"{kind}: expected a scale beside {name!r}, found none")
@@ -155,7 +183,9 @@ def unpack(data: bytes) -> Query | Reply:
             if not torch.isfinite(tensor).all():
                 raise ProtocolError(f"{kind}: expected finite values in {name!r}, found NaN or Inf")
         elif tensor.is_floating_point() or tensor.is_complex():
-            raise ProtocolError(f"{kind}: expected fp16 or integers in {name!r}, found {tensor.dtype}")
+            raise ProtocolError(
+                f"{kind}: expected fp16, or float8 for gradients, or integers in {name!r}, found {tensor.dtype}"
+            )
         restored[name] = tensor
     if scales:
         raise ProtocolError(f"{kind}: undeclared tensors {sorted(scales)}")

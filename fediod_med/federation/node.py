@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fediod_med.devices import autocast
+from fediod_med.encodings import FP16, check_encoding
 from fediod_med.errors import ProtocolError
 from fediod_med.federation.critic import Critic
 from fediod_med.privacy.gate import Gate, Sealed
@@ -88,7 +89,10 @@ class SiteNode:
             kinds.add("discriminator")
             permits += self._critic.permits
         return self._gate.pass_through(
-            lambda: pack(self._reply(query)), permits=permits, kinds=frozenset(kinds), floor_mode=self._gate.mode
+            lambda: pack(self._reply(query), encoding=_encoding(query)),
+            permits=permits,
+            kinds=frozenset(kinds),
+            floor_mode=self._gate.mode,
         )
 
     def witness(self, head: Head) -> None:
@@ -136,7 +140,7 @@ class SiteNode:
             if "probs" in tensors:
                 positive = tensors["probs"].clamp_min(PROBABILITY_FLOOR)
                 tensors["probs"] = positive / positive.sum(dim=1, keepdim=True)
-            return pack(Reply(query.kind, self.name, query.round, tensors))
+            return pack(Reply(query.kind, self.name, query.round, tensors), encoding=_encoding(query))
 
         sealed = self._gate.release(
             query.kind,
@@ -194,3 +198,8 @@ class SiteNode:
             )
         (x_gradient,) = torch.autograd.grad(pending.logits, pending.x, grad_outputs=gradient)
         return Reply("pull_back", self.name, query.round, {"x_gradient": x_gradient})
+
+
+def _encoding(query: Query) -> str:
+    """How the centre wants the reply written; a function of what is released anyway, so it costs no privacy."""
+    return check_encoding(query.settings.get("encoding", FP16))
