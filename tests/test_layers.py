@@ -33,7 +33,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "auditing",
         "claims",
         "federation.embedded",
-        "federation.flare",
     ),
     ("federation.node", "private_teacher"),
     ("federation.critic", "federation.critic_state", "site_gate"),
