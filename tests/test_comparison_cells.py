@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fediod_med.comparison.cells import Cell, cells_of, tested
+from fediod_med.comparison.cells import Cell, cells_of, held_out
 from fediod_med.data.partitions import patient_id
 from fediod_med.sites import Site, load_sites
 
@@ -33,7 +33,7 @@ def sites(tmp_path: Path) -> tuple[Site, ...]:
 def test_every_patient_is_tested_once_per_seed(sites) -> None:
     cells = cells_of(3, [0, 1])
     everyone = {(site.site_name, s.subject_id) for site in sites for s in site.subjects()[0]}
-    for found in tested(cells, sites).values():
+    for found in held_out(cells, sites).values():
         counts = Counter((site, subject.subject_id) for site, subject in found)
         assert set(counts) == everyone and set(counts.values()) == {1}
 

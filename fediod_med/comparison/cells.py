@@ -46,7 +46,7 @@ def cells_of(folds: int, seeds: Sequence[int]) -> tuple[Cell, ...]:
     return tuple(Cell(seed, fold, folds) for seed in dict.fromkeys(seeds) for fold in range(folds))
 
 
-def tested(cells: Sequence[Cell], sites: Sequence[Site]) -> dict[int, list[tuple[str, Subject]]]:
+def held_out(cells: Sequence[Cell], sites: Sequence[Site]) -> dict[int, list[tuple[str, Subject]]]:
     """Held-out (hospital, subject) pairs by seed, over all folds of that seed."""
     found: dict[int, list[tuple[str, Subject]]] = {cell.seed: [] for cell in cells}
     for cell in cells:
