@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fediod_med"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
+    ("federation.flare",),  # a run over an engine: the centre on its server, a hospital at each site
     # whole-run procedures: the demo, the folder of a distillation run; every row on the same patients; reviewing
     ("runs", "comparison", "review"),
     ("segmentation",),  # new scans: read, checked, segmented, written
@@ -54,6 +55,7 @@ SIBLINGS_ALLOWED = (
     "review",
     "segmentation",
     "comparison",
+    "federation.flare",
 )  # packages whose files are one unit
 
 # Packages that are heavy, optional or part of one boundary only, and the modules that may import them.
