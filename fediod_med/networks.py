@@ -5,7 +5,8 @@ All are thin settings over MONAI. Sizes and channel counts are arguments; nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from monai.networks.layers import Norm
@@ -19,6 +20,8 @@ from fediod_med.errors import SettingsError
 
 BACKBONES = ("unet", "segresnet", "dynunet")
 NORMS = ("INSTANCE", "GROUP")
+STUDENT: Mapping[str, Any] = {"backbone": "unet", "width": 16, "depth": 4, "in_channels": 4, "out_channels": 4}
+"""Keywords of `build_segmenter` for the central student and the public prior."""
 MAX_CORRECTION = 0.5  # z-score units a conditional generator may move a voxel of a rendered phantom
 
 

@@ -52,7 +52,8 @@ from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.hospitals import announcement, copy_ledger, open_federation, open_hospital, privacy_record
 from fediod_med.inference import privacy_banner
 from fediod_med.labels import LabelScheme, get_scheme
-from fediod_med.networks import Generator, build_segmenter
+from fediod_med.networks import STUDENT, Generator, build_segmenter
+from fediod_med.pooled import train_pooled
 from fediod_med.prior import train_prior
 from fediod_med.privacy import statement
 from fediod_med.privacy.records import Head
@@ -65,11 +66,10 @@ from fediod_med.segmentation.options import SegmentOptions, load_model
 from fediod_med.segmentation.steps import CaseSegmenter
 from fediod_med.site_gate import open_gate
 from fediod_med.sites import Site, check_disjoint, load_sites
-from fediod_med.teacher import labelled, train_teacher, warm_start
+from fediod_med.teacher import warm_start
 
 logger = logging.getLogger(__name__)
 
-STUDENT: Mapping[str, Any] = {"backbone": "unet", "width": 16, "depth": 4, "in_channels": 4, "out_channels": 4}
 MODES = ("conditional", "unconditional")
 SYNTHETIC_VOLUMES = 4
 
@@ -491,24 +491,12 @@ def _pooled(
     folder = out / "baselines" / "pooled"
     path = weights_path(folder.parent, "pooled")
     if path is None:
-        first = sites[0]
-        site = dataclasses.replace(
-            first,
-            site_name="pooled",
-            seed=first.seed + seed,
-            epochs=sum(site.epochs for site in sites),
-            backbone=STUDENT["backbone"],
-            width=STUDENT["width"],
-            depth=STUDENT["depth"],
-        )
-        path = train_teacher(
-            site,
+        path = train_pooled(
+            sites,
             output_dir=folder,
+            seed=sites[0].seed + seed,
             device=device,
-            data=[item for s in sites for item in labelled(s.subjects()[0], s.label_scheme)],
-            public=sampler if site.rehearsal else None,
-            kind="pooled",
-            trained_on="patients of all hospitals pooled",
+            sampler=sampler,
             on_epoch=lambda done, total, loss: progress("pooled", done, total, f"loss {loss:.3f}"),
         )
     return load_segmenter(path)[0]

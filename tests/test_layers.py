@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("segmentation",),  # new scans: read, checked, segmented, written
     ("case_report",),
     ("reporting", "audit_figures", "export"),
-    ("hospitals", "canaries"),  # the hospitals of an embedded run, opened; their mechanisms, audited
+    ("hospitals", "pooled", "canaries"),  # the hospitals of an embedded run, opened; their mechanisms, audited
     (
         "evaluation",
         "teacher",

@@ -114,3 +114,10 @@ def test_the_training_grid_holds_a_head_in_multiples_of_eight(spacing: float) ->
     grid = training_grid(spacing)
     assert all(edge % 8 == 0 for edge in grid.shape)
     assert all(edge * spacing >= 192 for edge in grid.shape)
+
+
+def test_a_pool_that_was_kept_draws_as_the_one_that_was_made(sampler: PublicSampler) -> None:
+    kept = PublicSampler.of_pool(*sampler.pool(), roi=12, seed=1)
+    for step in (1, 7):
+        assert torch.equal(kept.draw(step, 2).base, sampler.draw(step, 2).base)
+        assert torch.equal(kept.draw(step, 2).classes, sampler.draw(step, 2).classes)

@@ -81,12 +81,9 @@ class PublicSampler:
     ) -> None:
         if count < 1 or roi < 1:
             raise SettingsError(f"sampler: expected at least one phantom and a crop edge above 0, found {count}, {roi}")
-        self._roi = roi
-        self._seed = seed
+        self._hold([], [], roi=roi, seed=seed)
         anatomy = load_anatomy(training_grid(spacing)) if anatomy is None else anatomy
         normalise = NormalizeIntensity(nonzero=True, channel_wise=True)
-        self._images: list[Tensor] = []
-        self._tissues: list[Tensor] = []
         for i in range(count):
             tissue_map = grow(anatomy, seed * 100_000 + i, profile)
             # A plain tensor: a MetaTensor would slow every later step and could not be read back from a checkpoint.
@@ -95,6 +92,27 @@ class PublicSampler:
             self._tissues.append(_pad(torch.from_numpy(tissue_map.tissues.astype(np.uint8))[None], roi)[0])
             if progress is not None:
                 progress(i + 1, count)
+
+    @classmethod
+    def of_pool(cls, images: Tensor, tissues: Tensor, *, roi: int, seed: int) -> PublicSampler:
+        """A sampler over volumes made before, as `pool` gives them; draws as the sampler that made them.
+
+        Args:
+            images: `(N, 4, D, H, W)` z-scored, at least `roi` a side.
+            tissues: `(N, D, H, W)` integers.
+            roi: as in the constructor.
+            seed: as in the constructor.
+        """
+        sampler = cls.__new__(cls)
+        sampler._hold(list(images.half()), list(tissues.to(torch.uint8)), roi=roi, seed=seed)
+        return sampler
+
+    def pool(self) -> tuple[Tensor, Tensor]:
+        """All phantoms: images `(N, 4, D, H, W)` float16 and tissues `(N, D, H, W)` uint8."""
+        return torch.stack(self._images), torch.stack(self._tissues)
+
+    def _hold(self, images: list[Tensor], tissues: list[Tensor], *, roi: int, seed: int) -> None:
+        self._images, self._tissues, self._roi, self._seed = images, tissues, roi, seed
 
     def __len__(self) -> int:
         """Phantoms in the pool."""
