@@ -62,7 +62,7 @@ def open_hospital(
     seed: int,
     device: str,
     teachers: Path | None,
-    sampler: PublicSampler,
+    sampler: PublicSampler | None,
     on_epoch: Callable[[int, int, float], None],
     on_step: Callable[[int, int], None],
 ) -> Hospital:
@@ -75,7 +75,7 @@ def open_hospital(
         seed: of the run.
         device: see `devices.pick_device`.
         teachers: folder with trained teachers; trained here when omitted.
-        sampler: phantoms for rehearsal.
+        sampler: phantoms for rehearsal; not needed with `teachers`.
         on_epoch: receives (epoch, epochs, loss) of a training that is not private.
         on_step: receives (step, steps) of a private one.
 
@@ -154,18 +154,25 @@ def open_federation(
     """
     return EmbeddedFederation(
         {
-            h.site.site_name: SiteNode(
-                h.site.site_name,
-                h.teacher,
-                h.presence,
-                critic=_critic(h, out=out, seed=seed, run_id=run_id, device=device) if adversarial else None,
-                gate=h.gate,
-                permits=h.permits,
-                device=device,
-            )
+            h.site.site_name: open_node(h, out=out, seed=seed, run_id=run_id, device=device, adversarial=adversarial)
             for h in hospitals
         },
         heads=heads,
+    )
+
+
+def open_node(
+    hospital: Hospital, *, out: Path, seed: int, run_id: str, device: torch.device, adversarial: bool
+) -> SiteNode:
+    """What answers for one hospital in one run; with `adversarial`, its discriminator is paid for where that is due."""
+    return SiteNode(
+        hospital.site.site_name,
+        hospital.teacher,
+        hospital.presence,
+        critic=_critic(hospital, out=out, seed=seed, run_id=run_id, device=device) if adversarial else None,
+        gate=hospital.gate,
+        permits=hospital.permits,
+        device=device,
     )
 
 

@@ -53,11 +53,7 @@ class EmbeddedFederation:
 
     def _remember(self, site: str, head: Head | None) -> None:
         """Keep the newest head of a site's ledger; one that goes backwards is a ledger set back."""
-        before = self.heads.get(site)
-        if before is not None and (
-            head is None or head.sequence < before.sequence or (head.sequence == before.sequence and head != before)
-        ):
-            raise ProtocolError(f"{site}: its ledger was at record {before.sequence} before, and is behind it now")
+        check_forward(site, self.heads.get(site), head)
         if head is not None:
             self.heads[site] = head
 
@@ -76,3 +72,11 @@ class EmbeddedFederation:
             logger.warning("site %s failed in round %d: %s", site, query.round, error)
             return SiteFailure(site, query.round, type(error).__name__)
         return reply
+
+
+def check_forward(site: str, before: Head | None, head: Head | None) -> None:
+    """Refuse a ledger that is behind what the centre has seen of it; `ProtocolError` then."""
+    if before is not None and (
+        head is None or head.sequence < before.sequence or (head.sequence == before.sequence and head != before)
+    ):
+        raise ProtocolError(f"{site}: its ledger was at record {before.sequence} before, and is behind it now")

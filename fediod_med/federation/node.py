@@ -99,6 +99,14 @@ class SiteNode:
         """Refuse to go on when the centre has seen a later state of this site's ledger than the site has."""
         self._gate.witness(head)
 
+    def recall(self, answered: Query) -> None:
+        """Rebuild the teacher's graph of an `answer` whose reply has left already; only its pull-back can follow.
+
+        Raises:
+            ProtocolError: wrong shape.
+        """
+        self._ask_teacher(self._volumes(answered), answered)
+
     def _reply(self, query: Query) -> Reply:
         if query.kind == "answer":
             return self._answer(query)
@@ -149,7 +157,7 @@ class SiteNode:
             compute=compute,
             seal=seal,
         )
-        if query.kind == "answer" and not self._holds(query):  # replayed from the ledger: its pull-back may still come
+        if query.kind == "answer" and not self.holds(query):  # replayed from the ledger: its pull-back may still come
             self._ask_teacher(self._volumes(query), query)
         return sealed
 
@@ -180,13 +188,14 @@ class SiteNode:
             self._pending = _Pending(query.run_id, query.round, leaf, logits)
         return logits.detach()
 
-    def _holds(self, query: Query) -> bool:
+    def holds(self, query: Query) -> bool:
+        """Whether the teacher's graph of this query's round is at hand, so that its pull-back can be answered."""
         held = self._pending
         return held is not None and (held.run_id, held.round) == (query.run_id, query.round)
 
     def _pull_back(self, query: Query) -> Reply:
         """`J^T g`: the centre's gradient with respect to this teacher's logits, carried back to the volume."""
-        pending, held = self._pending, self._holds(query)
+        pending, held = self._pending, self.holds(query)
         self._pending = None
         if pending is None or not held:
             raise ProtocolError(f"{self.name}: pull_back of round {query.round} without its answer; ask again")
