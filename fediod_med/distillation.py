@@ -79,6 +79,16 @@ class GeneratorObjective:
     realism_weights: bool = True
     competence: float = 0.05
 
+    @property
+    def needs_discriminators(self) -> bool:
+        """Whether any term or weight asks the hospitals' discriminators."""
+        return bool(self.gan) or self.realism_weights
+
+    @property
+    def needs_teachers(self) -> bool:
+        """Whether any term of the generator asks the hospitals' teachers."""
+        return any((self.clarity, self.unique, self.mask, self.balance, self.transfer))
+
 
 PAPER_OBJECTIVE = GeneratorObjective(
     gan=1.0,
@@ -264,8 +274,8 @@ def distill(
             "answer",
             number,
             {"x": x.detach()},
-            adversarial=generator is not None,
-            differentiate=asking is not None,
+            adversarial=generator is not None and objective.needs_discriminators,
+            differentiate=asking is not None and objective.needs_teachers,
             snapshot=at_checkpoint and checkpoint is not None,
             rounds=schedule.rounds,
         )
@@ -510,13 +520,15 @@ def _generator_step(
     total = torch.zeros_like(x) if x_gradient is None else x_gradient
 
     present = list(answers)
-    logit_gradients = {
-        site: softmax_pull_back(p.detach(), g) for site, p, g in zip(present, probs, probs_gradient, strict=True)
-    }
-    for pulled in hospitals.pull_back(number, logit_gradients).values():
-        total = total + pulled["x_gradient"].to(x.device)
-    for site, share in zip(present, shares, strict=True):
-        total = total + objective.gan * share * answers[site]["x_gradient"].to(x.device)
+    if objective.needs_teachers:
+        logit_gradients = {
+            site: softmax_pull_back(p.detach(), g) for site, p, g in zip(present, probs, probs_gradient, strict=True)
+        }
+        for pulled in hospitals.pull_back(number, logit_gradients).values():
+            total = total + pulled["x_gradient"].to(x.device)
+    if objective.gan:
+        for site, share in zip(present, shares, strict=True):
+            total = total + objective.gan * share * answers[site]["x_gradient"].to(x.device)
 
     optimizer.zero_grad(set_to_none=True)
     x.backward(gradient=total)

@@ -280,6 +280,19 @@ def test_a_round_takes_two_trips(bench: Bench) -> None:
     assert kinds == [(kind, n) for kind, n in (("describe", 0), ("answer", 1), ("pull_back", 1)) for _ in SITES]
 
 
+def test_what_no_term_needs_is_not_asked(bench: Bench) -> None:
+    def asked(objective: GeneratorObjective) -> list[Query]:
+        queries: list[Query] = []
+        federation = Unreliable(bench.nodes(), recorder(queries, SITES[0]))
+        bench.distill(federation=federation, objective=objective, schedule=replace(SHORT, rounds=1))
+        return [query for query in queries if query.kind != "describe"]
+
+    no_critic = asked(replace(GeneratorObjective(), gan=0.0, realism_weights=False))
+    assert [q.kind for q in no_critic] == ["answer", "pull_back"] and not no_critic[0].settings["adversarial"]
+    only_critic = asked(replace(NOTHING, gan=1.0, realism_weights=False))
+    assert [q.kind for q in only_critic] == ["answer"] and only_critic[0].settings["adversarial"]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_phantom_rounds_ask_about_the_phantom_and_need_one_trip(bench: Bench, share: float) -> None:
     asked: list[Query] = []
