@@ -162,14 +162,26 @@ def open_federation(
 
 
 def open_node(
-    hospital: Hospital, *, out: Path, seed: int, run_id: str, device: torch.device, adversarial: bool
+    hospital: Hospital,
+    *,
+    out: Path,
+    seed: int,
+    run_id: str,
+    device: torch.device,
+    adversarial: bool,
+    joins_late: bool = False,
 ) -> SiteNode:
-    """What answers for one hospital in one run; with `adversarial`, its discriminator is paid for where that is due."""
+    """What answers for one hospital in one run; with `adversarial`, its discriminator is paid for where that is due.
+
+    With `joins_late`, a hospital that a run has not reached before may begin with any round.
+    """
     return SiteNode(
         hospital.site.site_name,
         hospital.teacher,
         hospital.presence,
-        critic=_critic(hospital, out=out, seed=seed, run_id=run_id, device=device) if adversarial else None,
+        critic=_critic(hospital, out=out, seed=seed, run_id=run_id, device=device, joins_late=joins_late)
+        if adversarial
+        else None,
         gate=hospital.gate,
         permits=hospital.permits,
         device=device,
@@ -256,12 +268,14 @@ def copy_ledger(hospital: Hospital, folder: Path) -> None:
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.lock", ".*"))
 
 
-def _critic(hospital: Hospital, *, out: Path, seed: int, run_id: str, device: torch.device) -> Critic:
+def _critic(hospital: Hospital, *, out: Path, seed: int, run_id: str, device: torch.device, joins_late: bool) -> Critic:
     site, gate = hospital.site, hospital.gate
     state_dir = out / "site_state" / site.site_name
     if gate.mode != "dp-sgd" or gate.policy is None:
         volumes = [volume for volumes in hospital.patients for volume in volumes]
-        return PlainCritic(site.site_name, volumes, state_dir=state_dir, seed=seed, device=device)
+        return PlainCritic(
+            site.site_name, volumes, state_dir=state_dir, seed=seed, device=device, joins_late=joins_late
+        )
     part = gate.policy.part("discriminator")
     plan = DiscriminatorPlan(
         part.planned,

@@ -202,6 +202,24 @@ def test_runs_do_not_share_a_discriminator(tmp_path: Path) -> None:
     assert same(ask(site, 1, run_id="run-2"), first)
 
 
+def test_a_restarted_site_that_missed_rounds_continues_from_its_newest_snapshot(tmp_path: Path) -> None:
+    site = node(tmp_path)
+    ask(site, 1, snapshot=True)
+    ask(site, 2, snapshot=True)
+    in_memory = ask(site, 5)
+    assert same(ask(node(tmp_path), 5), in_memory)
+
+
+def test_a_site_that_a_run_has_not_reached_before_may_join_late_if_so_made(tmp_path: Path) -> None:
+    fresh = ask(node(tmp_path / "a"), 1)
+    site = node(tmp_path / "b", joins_late=True)
+    late = ask(site, 4, x=batch(1), snapshot=True)
+    assert late.tensors["x_gradient"].shape == fresh.tensors["x_gradient"].shape
+    ask(site, 5)
+    with pytest.raises(ProtocolError, match="no snapshot"):
+        ask(site, 3)  # it has a state by now, and that state is later
+
+
 def test_rounds_out_of_order_are_refused_and_change_nothing(tmp_path: Path) -> None:
     site = node(tmp_path)
     for wrong in (5, 0, -3):

@@ -91,6 +91,8 @@ class PlainCritic:
         norm: `INSTANCE` or `GROUP`.
         criterion: `hinge`, `bce` or `least_squares`.
         learning_rate: of Adam (betas .5, .999 as in the published code).
+        joins_late: whether a hospital without any state of a run may take part in it from a later round on, with a
+            fresh discriminator.
     """
 
     permits: tuple[str, ...] = ()
@@ -109,7 +111,9 @@ class PlainCritic:
         norm: str = "INSTANCE",
         criterion: str = "hinge",
         learning_rate: float = 2e-4,
+        joins_late: bool = False,
     ) -> None:
+        self._joins_late = joins_late
         self._name = name
         self._volumes = tuple(volumes)
         self._state_dir = state_dir
@@ -168,23 +172,27 @@ class PlainCritic:
     def _enter_round(self, query: Query) -> None:
         """Continue from the last round, or rewind to the snapshot that a resumed centre continues from.
 
-        A site that missed rounds of this run continues with what it has: its discriminator is only older.
+        A site that missed rounds of this run continues with what it has, be it in memory or, after a restart, in its
+        newest snapshot: its discriminator is only older.
         """
         before = query.round - 1
         if query.run_id == self._run_id and before >= self._round:
             if before > self._round:
                 logger.warning("%s: missed rounds %d to %d", self._name, self._round + 1, before)
             return
-        if before == 0:
-            state = {**self._fresh, "round": 0}
-        else:
-            path = self._snapshot(query.run_id, before)
-            if not path.is_file():
-                raise ProtocolError(
-                    f"{self._name}: asked for round {query.round} after round {self._round}, and no snapshot of round "
-                    f"{before} is kept; start the run again"
-                )
+        path = self._snapshot(query.run_id, before)
+        if query.run_id != self._run_id and not path.is_file():
+            path = max((p for p in self._snapshots(query.run_id) if p < path), default=path)
+        new_here = self._joins_late and not self._snapshots(query.run_id)
+        if before == 0 or (new_here and before > 0):
+            state = {**self._fresh, "round": before}
+        elif path.is_file():
             state = load_state(path)
+        else:
+            raise ProtocolError(
+                f"{self._name}: asked for round {query.round} after round {self._round}, and no snapshot of round "
+                f"{before} is kept; start the run again"
+            )
         self.discriminator.load_state_dict(state["discriminator"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._run_id, self._round = query.run_id, before
@@ -196,11 +204,14 @@ class PlainCritic:
             "round": self._round,
         }
         save_state(self._snapshot(run_id, self._round), state)
-        kept = sorted(self._state_dir.glob(f"{run_id}-round-*.pt"))
+        kept = self._snapshots(run_id)
         current = kept.index(self._snapshot(run_id, self._round))
         # Later ones stem from a continuation that the centre has abandoned.
         for path in [*kept[: max(0, current + 1 - KEEP_SNAPSHOTS)], *kept[current + 1 :]]:
             path.unlink()
+
+    def _snapshots(self, run_id: str) -> list[Path]:
+        return sorted(self._state_dir.glob(f"{run_id}-round-*.pt"))
 
     def _snapshot(self, run_id: str, number: int) -> Path:
         if not run_id.replace("-", "").isalnum():
