@@ -33,7 +33,14 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="browser tests need chromium: apt-get install chromium"),
 ]
 PAGES = ("Overview", "Synthetic volumes", "Cases", "Review", "Privacy", "Segment")
-IDLE = '[data-testid="stApp"][data-test-script-state="notRunning"]'
+RESTED = """() => {
+    const idle = document.querySelector('[data-testid="stApp"][data-test-script-state="notRunning"]');
+    const fading = document.querySelector('[data-stale="true"]')
+        || document.getAnimations().some(each => each.playState === "running");
+    if (!idle || fading) window.restingSince = null;
+    else window.restingSince ??= performance.now();
+    return window.restingSince !== null && performance.now() - window.restingSince > 300;
+}"""
 AXE = Path(__file__).parent / "vendor" / "axe-4.14.1.min.js"
 # Streamlit's client looks for its server below the page's own path first when a page is loaded by its address.
 PROBES = ("/_stcore/health", "/_stcore/host-config")
@@ -92,6 +99,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    sync_api.expect.set_options(timeout=30_000)  # as for the pages: how fast the app is, benchmarks/app.py measures
     with sync_api.sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield found
@@ -136,8 +144,13 @@ def box(page: Any, label: str) -> Any:
 
 
 def settle(page: Any) -> None:
-    """Wait for the script and for its pictures, which the server forgets once they have been replaced."""
-    page.wait_for_selector(IDLE)
+    """Wait for the script and for its pictures, which the server forgets once they have been replaced.
+
+    A rerun begins a moment after what asked for it, and fades what it has not drawn yet: the page is at rest once it
+    has been idle and whole for a while.
+    """
+    page.evaluate("window.restingSince = null")
+    page.wait_for_function(RESTED)
     page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
 
 
@@ -277,7 +290,7 @@ async def _rate_at_once(app: Served, readers: list[tuple[str, int]]) -> None:
         await page.goto(f"{app.url}/rating?reviewer={name}")
         for done in range(count):
             await expect(page.get_by_text(f"{done} of ", exact=False).first).to_be_visible(timeout=60_000)
-            await page.wait_for_selector(IDLE)
+            await page.wait_for_function(RESTED)
             if done == 0:
                 await page.get_by_role("heading", name="Review", exact=True).click()
             await page.keyboard.press("a")
