@@ -1,0 +1,87 @@
+"""How long a comparison will take, from one timed training step and the number of passes of each task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from fediod_med.comparison.plan import Plan
+from fediod_med.comparison.rows import AVERAGING, DISTILLED, SITE
+from fediod_med.comparison.students import recipe
+from fediod_med.comparison.tasks import Task, task_done
+from fediod_med.devices import autocast, pick_device
+from fediod_med.distillation import generator_rounds
+from fediod_med.networks import STUDENT, build_segmenter
+
+PHANTOM_SECONDS = 0.4  # one phantom at 4 mm on one core; measured
+SCAN_PASSES = 8.0  # reading, predicting and scoring one held-out scan, in training passes
+ANSWER_PASSES = 0.6  # one volume at one hospital, teacher and discriminator, without a generator step
+EXCHANGE_PASSES = 1.0  # the same with the pull-back and the generator's share
+
+
+def estimate(plan: Plan, tasks: Sequence[Task], devices: Sequence[str]) -> str:
+    """A sentence: tasks that are left, their hours on one worker and on all of them."""
+    left = [task for task in tasks if not task_done(plan, task)]
+    second = pass_seconds(plan.profile.roi, devices[0])
+    total = sum(task_passes(plan, task) * second for task in left)
+    total += sum(
+        PHANTOM_SECONDS * plan.profile.pool * (4 / plan.profile.spacing) ** 3 for t in left if t.kind == "pool"
+    )
+    wall = total / len(devices)
+    return (
+        f"comparison: {len(left)} of {len(tasks)} tasks to do, {len(plan.rows)} rows in {len(plan.cells)} cells; about "
+        f"{total / 3600:.1f} h of work, {wall / 3600:.1f} h with {len(devices)} workers ({second:.2f} s a pass)"
+    )
+
+
+def task_passes(plan: Plan, task: Task) -> float:
+    """Training passes (forward and backward of one crop) that a task is worth."""
+    profile, hospitals = plan.profile, len(plan.sites)
+    batch = plan.sites[0].batch_size
+    local = sum(site.epochs * site.steps_per_epoch for site in plan.sites) * batch
+    scans = SCAN_PASSES * sum(len(site.subjects()[1]) for site in task.cell.sites(plan.sites))
+    if task.kind == "pool":
+        return 0.0
+    if task.kind == "tuning":
+        return local + scans
+    if task.kind == "ensembles":
+        return scans * hospitals + profile.rounds * hospitals
+    if task.subject.startswith(SITE):
+        return local / hospitals + scans
+    if task.subject == "pooled" or task.subject in AVERAGING:
+        return local + scans
+    if task.subject in DISTILLED:
+        row = recipe(task.subject, profile)
+        asked = 0 if row.generator is None else profile.rounds
+        if row.generator == "conditional":
+            asked = generator_rounds(row.schedule)
+        volumes = row.schedule.batch * hospitals
+        exchange = volumes * (EXCHANGE_PASSES * asked + ANSWER_PASSES * (profile.rounds - asked))
+        return exchange + profile.rounds * profile.student_steps * row.schedule.student_batch + scans
+    return scans
+
+
+def pass_seconds(roi: int, device: str) -> float:
+    """Seconds of one forward and backward pass of the student's network over one crop."""
+    where = pick_device(device)
+    threads = torch.get_num_threads()
+    if where.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        network = build_segmenter(**STUDENT).to(where)
+        x = torch.zeros((1, 4, roi, roi, roi), device=where)
+        for timed in (False, False, True):
+            began = time.perf_counter()
+            with autocast(where):
+                loss = network(x).float().square().mean()
+            loss.backward()
+            if where.type == "cuda":
+                torch.cuda.synchronize(where)
+            spent = time.perf_counter() - began
+            if timed:
+                return spent
+    finally:
+        torch.set_num_threads(threads)
+    return spent
