@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fediod_med.data.phantoms import TISSUES, Anatomy, Grid, load_anatomy, tumour_classes
-from fediod_med.data.sampler import PublicSampler, training_grid
+from fediod_med.data.sampler import PublicSampler, centre_window, training_grid, upright
 from fediod_med.errors import SettingsError
 
 
@@ -121,3 +121,45 @@ def test_a_pool_that_was_kept_draws_as_the_one_that_was_made(sampler: PublicSamp
     for step in (1, 7):
         assert torch.equal(kept.draw(step, 2).base, sampler.draw(step, 2).base)
         assert torch.equal(kept.draw(step, 2).classes, sampler.draw(step, 2).classes)
+
+
+def test_an_upright_batch_lies_as_the_phantoms_do(sampler: PublicSampler) -> None:
+    """Each upright crop is found unchanged in the very phantom it names; mirrored ones among them are not."""
+    images, tissues = sampler.pool()
+    mirrored = 0
+    for step in range(1, 5):
+        drawn = sampler.draw(step, 2)
+        batch = drawn.upright()
+        assert not batch.mirrored.any()
+        mirrored += int(drawn.mirrored.any(dim=1).sum())
+        for i, number in enumerate(batch.phantoms.tolist()):
+            windows = tissues[number].unfold(0, 12, 1).unfold(1, 12, 1).unfold(2, 12, 1).flatten(0, 2)
+            at = (windows.long() == batch.tissues[i]).flatten(1).all(dim=1).nonzero().flatten()
+            scans = images[number].unfold(1, 12, 1).unfold(2, 12, 1).unfold(3, 12, 1).flatten(1, 3)
+            assert any(torch.equal(scans[:, j].float(), batch.base[i]) for j in at)
+    assert mirrored > 4
+
+
+def test_uprighting_twice_and_without_mirroring_changes_nothing(sampler: PublicSampler) -> None:
+    once = sampler.draw(3, 4).upright()
+    assert torch.equal(once.upright().base, once.base)
+    x = torch.arange(2 * 8.0).reshape(2, 2, 2, 2)
+    turned = upright(x, torch.tensor([[True, False, False], [False, False, True]]))
+    assert torch.equal(turned[0], x[0].flip(0)) and torch.equal(turned[1], x[1].flip(2))
+
+
+def test_centred_crops_are_about_the_brain_and_draw_nothing(sampler: PublicSampler) -> None:
+    batch = sampler.centred([2, 0])
+    assert batch.phantoms.tolist() == [2, 0] and not batch.mirrored.any()
+    images, _ = sampler.pool()
+    for crop, number in zip(batch.base, (2, 0), strict=True):
+        window = centre_window(images[number], 12)
+        assert torch.equal(crop, images[number][(slice(None), *window)].float())
+    assert (batch.base != 0).float().mean() > 0.9
+
+
+def test_the_middle_of_the_brain_not_of_the_grid() -> None:
+    image = torch.zeros(4, 20, 20, 20)
+    image[1, 2:6, 10:14, 16:20] = 1
+    assert centre_window(image, 6) == (slice(1, 7), slice(9, 15), slice(14, 20))
+    assert centre_window(torch.zeros(4, 8, 8, 8), 4) == (slice(2, 6),) * 3

@@ -5,8 +5,9 @@ Everything is fixed by seeds, so that an interrupted run draws what the uninterr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,11 +39,31 @@ class PublicBatch:
         base: `(B, 4, D, H, W)` rendered phantoms, z-scored inside the brain, 0 outside.
         tissues: `(B, D, H, W)` integers, indices of `phantoms.TISSUES`.
         classes: `(B, D, H, W)` integers 0 to 3, the tumour classes of `tissues`.
+        mirrored: `(B, 3)` bool, the axes along which each volume was mirrored; `upright` undoes it.
+        phantoms: `(B,)` integers, the phantom of the pool each volume was cut from.
     """
 
     base: Tensor
     tissues: Tensor
     classes: Tensor
+    mirrored: Tensor
+    phantoms: Tensor
+
+    def upright(self) -> PublicBatch:
+        """The batch as the heads lie: axes right, anterior, superior."""
+        return PublicBatch(
+            upright(self.base, self.mirrored),
+            upright(self.tissues, self.mirrored),
+            upright(self.classes, self.mirrored),
+            torch.zeros_like(self.mirrored),
+            self.phantoms,
+        )
+
+
+def upright(volumes: Tensor, mirrored: Tensor) -> Tensor:
+    """Undo the mirroring of `(B, ..., D, H, W)`, made from a batch whose `mirrored` is `(B, 3)`."""
+    axes = [[int(axis) - 3 for axis in row.nonzero()] for row in mirrored]
+    return torch.stack([volume.flip(found) for volume, found in zip(volumes, axes, strict=True)])
 
 
 def training_grid(spacing: float) -> Grid:
@@ -126,16 +147,22 @@ class PublicSampler:
     def draw(self, step: int, batch: int) -> PublicBatch:
         """Batch number `step`: random phantoms, crops and flips; the same step always gives the same batch."""
         rng = np.random.default_rng([self._seed, step])
-        bases, maps = zip(*(self._crop(rng) for _ in range(batch)), strict=True)
-        tissues = torch.stack(maps)
-        classes = torch.from_numpy(tumour_classes(tissues.numpy()))
-        return PublicBatch(torch.stack(bases).float(), tissues.long(), classes.long())
+        return _batch([self._crop(rng) for _ in range(batch)])
+
+    def centred(self, phantoms: Sequence[int]) -> PublicBatch:
+        """The given phantoms of the pool, cut about the middle of the brain and not mirrored; nothing is drawn."""
+        crops = []
+        for index in phantoms:
+            image, tissues = self._images[index], self._tissues[index]
+            window = centre_window(image, self._roi)
+            crops.append(_Crop(image[(slice(None), *window)], tissues[window], (), int(index)))
+        return _batch(crops)
 
     def batches(self, steps: int, batch: int) -> Iterator[PublicBatch]:
         """Batches 1 to `steps`."""
         return (self.draw(step, batch) for step in range(1, steps + 1))
 
-    def _crop(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _crop(self, rng: np.random.Generator) -> _Crop:
         index = int(rng.integers(len(self._images)))
         image, tissues = self._images[index], self._tissues[index]
         limits = np.array(tissues.shape) - self._roi
@@ -147,8 +174,40 @@ class PublicSampler:
                 start = np.clip(centre, 0, limits)
         window = tuple(slice(int(s), int(s) + self._roi) for s in start)
         image, tissues = image[(slice(None), *window)], tissues[window]
-        axes = [axis for axis in range(3) if rng.random() < 0.5]
-        return image.flip([a + 1 for a in axes]), tissues.flip(axes)
+        axes = tuple(axis for axis in range(3) if rng.random() < 0.5)
+        return _Crop(image.flip([a + 1 for a in axes]), tissues.flip(axes), axes, index)
+
+
+class _Crop(NamedTuple):
+    """One crop: image `(4, D, H, W)`, tissues `(D, H, W)`, mirrored axes, number of the phantom."""
+
+    image: Tensor
+    tissues: Tensor
+    axes: tuple[int, ...]
+    phantom: int
+
+
+def _batch(crops: Sequence[_Crop]) -> PublicBatch:
+    tissues = torch.stack([crop.tissues for crop in crops])
+    return PublicBatch(
+        torch.stack([crop.image for crop in crops]).float(),
+        tissues.long(),
+        torch.from_numpy(tumour_classes(tissues.numpy())).long(),
+        torch.tensor([[axis in crop.axes for axis in range(3)] for crop in crops]),
+        torch.tensor([crop.phantom for crop in crops]),
+    )
+
+
+def centre_window(image: Tensor, roi: int) -> tuple[slice, slice, slice]:
+    """Cube of edge `roi` about the middle of what is not 0 in `(4, D, H, W)`, inside the volume; edges >= `roi`."""
+    inside = (image != 0).any(dim=0)
+    starts = []
+    for axis, edge in enumerate(inside.shape):
+        found = inside.any(dim=tuple(a for a in range(3) if a != axis)).nonzero()
+        middle = int(found.min() + found.max() + 1) // 2 if len(found) else edge // 2
+        starts.append(min(max(middle - roi // 2, 0), edge - roi))
+    first, second, third = (slice(start, start + roi) for start in starts)
+    return first, second, third
 
 
 def _pad(volume: Tensor, roi: int) -> Tensor:
