@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fediod_med.checkpoints import load_state, save_state
 from fediod_med.data.sampler import PublicBatch, PublicSampler
 from fediod_med.data.transforms import flip_together, jitter
-from fediod_med.devices import autocast
+from fediod_med.devices import autocast_over
 from fediod_med.encodings import ENCODINGS, FP16
 from fediod_med.ensemble import competence_weights, merge, public_dice, site_shares
 from fediod_med.errors import ProtocolError, SettingsError, WeightsError
@@ -429,7 +429,7 @@ def _synthesise(
         assert public is not None  # checked at the start of `distill`
         return public.base.to(device)
     z = torch.randn((batch, int(getattr(generator, "latent"))), generator=random).to(device)  # noqa: B009
-    with autocast(device):
+    with autocast_over(device, (size, size, size)):
         if getattr(generator, "mode") == "unconditional" or public is None:  # noqa: B009
             x: Tensor = generator(z)
         else:
@@ -505,7 +505,7 @@ def _generator_step(
         uniform = torch.full((CLASSES,), 1 / CLASSES, device=x.device)
         terms["balance"] = (shares * torch.stack([class_balance(p, uniform) for p in leaves])).sum()
     if objective.transfer:
-        with autocast(x.device):
+        with autocast_over(leaf_x.device, leaf_x.shape[2:]):
             guess = state.student(leaf_x)
         terms["transfer"] = transfer_divergence(q, guess)
 
@@ -587,7 +587,7 @@ def _student_steps(
             x, target = torch.cat([x, phantoms.base]), torch.cat([target, one_hot(phantoms.classes, CLASSES)])
         x, target = flip_together([jitter(x, random), target], random)
         x, target = x.to(device), target.to(device)
-        with autocast(device):
+        with autocast_over(x.device, x.shape[2:]):
             logits = state.student(x)
         logits = logits.float()
         loss = transfer_divergence(target, logits) + soft_dice(torch.softmax(logits, dim=1), target)

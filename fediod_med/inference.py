@@ -26,7 +26,7 @@ from fediod_med.checkpoints import Provenance, write_atomically
 from fediod_med.data.layouts import Subject, find_cases
 from fediod_med.data.nifti import Volume, read_subject, write_segmentation
 from fediod_med.data.transforms import normalise, to_native, to_working_grid
-from fediod_med.devices import autocast
+from fediod_med.devices import autocast_over
 from fediod_med.labels import CLASSES, LabelScheme, get_scheme, region_masks
 from fediod_med.metrics import bounding_box
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
@@ -51,7 +51,7 @@ class AutocastInferer(Inferer):
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor] | nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Run the wrapped inferer on `inputs` `(B, C, D, H, W)` and return its float32 output."""
-        with autocast(inputs.device, enabled=self.enabled):
+        with autocast_over(inputs.device, inputs.shape[2:], enabled=self.enabled):
             output: Tensor = self.inferer(inputs, network, *args, **kwargs)
         return output.float()
 

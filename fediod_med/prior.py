@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.data.transforms import flip_together, jitter
-from fediod_med.devices import autocast
+from fediod_med.devices import autocast_over
 from fediod_med.losses import soft_dice, transfer_divergence
 from fediod_med.networks import one_hot
 
@@ -54,7 +54,7 @@ def train_prior(
         rate = learning_rate * min(1.0, step / warm_up) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with autocast(device):
+        with autocast_over(x.device, x.shape[2:]):
             logits = network(x)
         logits = logits.float()
         loss = transfer_divergence(truth, logits) + soft_dice(torch.softmax(logits, dim=1), truth)

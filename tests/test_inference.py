@@ -89,10 +89,11 @@ def test_autocast_inferer_computes_in_reduced_precision_and_returns_float32() ->
             seen.append(y.dtype)
             return y
 
-    x = torch.rand(1, 1, 4, 4, 4)
+    x = torch.rand(1, 1, 32, 32, 32)
     assert AutocastInferer(SimpleInferer())(x, Probe()).dtype == torch.float32
     assert AutocastInferer(SimpleInferer(), enabled=False)(x, Probe()).dtype == torch.float32
-    assert seen == [autocast_dtype(CPU) or torch.float32, torch.float32]
+    assert AutocastInferer(SimpleInferer())(x[..., :4], Probe()).dtype == torch.float32
+    assert seen == [autocast_dtype(CPU) or torch.float32, torch.float32, torch.float32]
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 16), (40, 24, 32), (5, 33, 16)])

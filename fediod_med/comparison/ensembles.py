@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fediod_med.baselines import PreparedScan
 from fediod_med.data.sampler import PublicSampler
-from fediod_med.devices import autocast
+from fediod_med.devices import autocast_over
 from fediod_med.distillation import GeneratorObjective
 from fediod_med.ensemble import competence_weights, merge, public_dice
 from fediod_med.federation.critic import PlainCritic
@@ -102,7 +102,7 @@ def _competence(hospitals: Sequence[Hospital], sampler: PublicSampler, *, batche
     for number in range(1, batches + 1):
         public = sampler.draw(number, 2)
         x = public.base.to(device)
-        with torch.inference_mode(), autocast(device):
+        with torch.inference_mode(), autocast_over(x.device, x.shape[2:]):
             logits = [hospital.teacher(x).float() for hospital in hospitals]
         probs = torch.stack([torch.softmax(answer, dim=1) for answer in logits])
         dice.append(public_dice(probs, public.classes.to(device)).cpu())

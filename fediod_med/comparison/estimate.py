@@ -11,7 +11,7 @@ from fediod_med.comparison.plan import Plan
 from fediod_med.comparison.rows import AVERAGING, DISTILLED, SITE
 from fediod_med.comparison.students import recipe
 from fediod_med.comparison.tasks import Task, task_done
-from fediod_med.devices import autocast, pick_device
+from fediod_med.devices import autocast_over, pick_device
 from fediod_med.distillation import generator_rounds
 from fediod_med.networks import STUDENT, build_segmenter
 
@@ -74,7 +74,7 @@ def pass_seconds(roi: int, device: str) -> float:
         x = torch.zeros((1, 4, roi, roi, roi), device=where)
         for timed in (False, False, True):
             began = time.perf_counter()
-            with autocast(where):
+            with autocast_over(x.device, x.shape[2:]):
                 loss = network(x).float().square().mean()
             loss.backward()
             if where.type == "cuda":

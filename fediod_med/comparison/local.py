@@ -16,7 +16,7 @@ from fediod_med.comparison.averaging import proximal_penalty
 from fediod_med.data.layouts import Subject
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.data.transforms import augmentation, preprocessing
-from fediod_med.devices import autocast
+from fediod_med.devices import autocast_over
 from fediod_med.resources import bundle_dir
 from fediod_med.sites import Site
 from fediod_med.teacher import labelled, quiet_monai, rehearsal_sampler, training_items
@@ -58,8 +58,9 @@ class HospitalClient:
         for step, batch in enumerate(self._batches(first, last), start=first):
             for group in optimizer.param_groups:
                 group["lr"] = peak * cosine_rate(step, self.steps)
-            with autocast(self.device):
-                logits = network(batch["image"].to(self.device))
+            x = batch["image"].as_tensor().to(self.device)
+            with autocast_over(x.device, x.shape[2:]):
+                logits = network(x)
             loss = loss_function(logits.float(), batch["label"].to(self.device))
             if mu:
                 loss = loss + proximal_penalty(network, anchor, mu)

@@ -6,7 +6,6 @@ permit that was paid in full; it never goes back, because a step taken twice wou
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import math
@@ -21,7 +20,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from fediod_med.checkpoints import load_state, save_state
-from fediod_med.devices import autocast
+from fediod_med.devices import autocast_over
 from fediod_med.errors import PrivacyError, ProtocolError
 from fediod_med.losses import (
     discriminator_adversarial,
@@ -35,7 +34,6 @@ from fediod_med.protocol import Query
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_REDUCED = 32  # voxels; below, reduced precision on a CPU was seen to leave NaN in the weights
 KEEP_SNAPSHOTS = 2  # the centre may die between a site's snapshot and its own: the one before is still needed
 
 
@@ -53,16 +51,11 @@ class Critic(Protocol):
 def judgement(discriminator: PatchDiscriminator, x: Tensor, criterion: str) -> dict[str, Tensor]:
     """Realism `(B,)` (mean patch logit) and the gradient of the adversarial loss with respect to x."""
     leaf = x.detach().clone().requires_grad_(True)
-    with _reduced(x):
+    with autocast_over(x.device, x.shape[2:]):
         logits = discriminator(leaf).float()
     loss = generator_adversarial(logits, criterion)
     (gradient,) = torch.autograd.grad(loss, leaf)
     return {"realism": logits.detach().flatten(1).mean(dim=1), "x_gradient": gradient}
-
-
-def _reduced(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Reduced precision where it pays and is sound for patches of this size."""
-    return autocast(x.device, enabled=min(x.shape[2:]) >= SMALLEST_REDUCED)
 
 
 def random_patch(size: Sequence[int]) -> Compose:
@@ -160,7 +153,7 @@ class PlainCritic:
     def _step(self, fake: Tensor, number: int) -> None:
         real = self.real_batch(fake.shape[2:], number)
         self.discriminator.requires_grad_(True)
-        with _reduced(fake):
+        with autocast_over(fake.device, fake.shape[2:]):
             fake_logits = self.discriminator(fake.detach()).float()
             real_logits = self.discriminator(real).float()
         loss = discriminator_adversarial(fake_logits, real_logits, self._criterion)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fediod_med.devices import autocast
+from fediod_med.devices import autocast_over
 from fediod_med.encodings import FP16, check_encoding
 from fediod_med.errors import ProtocolError
 from fediod_med.federation.critic import Critic
@@ -181,7 +181,7 @@ class SiteNode:
     def _ask_teacher(self, x: Tensor, query: Query) -> Tensor:
         """Logits `(B, 4, D, H, W)` without a graph; the graph is held for the pull-back where one will come."""
         differentiate = bool(query.settings.get("differentiate", False))
-        with torch.set_grad_enabled(differentiate), autocast(self._device):
+        with torch.set_grad_enabled(differentiate), autocast_over(x.device, x.shape[2:]):
             leaf = x.detach().requires_grad_(differentiate)
             logits: Tensor = self._teacher(leaf).float()
         if differentiate:

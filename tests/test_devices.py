@@ -1,0 +1,43 @@
+"""Devices and precision: reduced precision only where it is sound."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fediod_med.devices import SMALLEST_REDUCED, autocast_dtype, autocast_over, pick_device
+from fediod_med.errors import SettingsError
+from fediod_med.networks import STUDENT, build_segmenter
+
+CPU = torch.device("cpu")
+
+
+def reduced(edge: int, *, enabled: bool = True) -> bool:
+    with autocast_over(CPU, (64, edge, 64), enabled=enabled):
+        return torch.is_autocast_enabled("cpu")
+
+
+def test_small_volumes_are_trained_in_full_precision_on_a_cpu() -> None:
+    assert not reduced(SMALLEST_REDUCED - 1)
+    assert reduced(SMALLEST_REDUCED) == (autocast_dtype(CPU) is not None)
+    assert not reduced(SMALLEST_REDUCED, enabled=False)
+
+
+def test_training_on_tiny_volumes_leaves_finite_weights() -> None:
+    """In bfloat16, the deepest levels of a crop of 16 voxels gave gradients that were not finite."""
+    torch.manual_seed(0)
+    network = build_segmenter(**STUDENT)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    for _ in range(3):
+        x = torch.randn(2, 4, 16, 16, 16)
+        with autocast_over(x.device, x.shape[2:]):
+            loss = network(x).float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(bool(parameter.isfinite().all()) for parameter in network.parameters())
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(SettingsError, match="device"):
+        pick_device("quantum")
