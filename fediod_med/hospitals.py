@@ -29,6 +29,7 @@ from fediod_med.privacy.discriminator import DiscriminatorPlan
 from fediod_med.privacy.gate import Gate, digest_of
 from fediod_med.privacy.records import Head
 from fediod_med.privacy.statement import NOT_PRIVATE, privacy_statement
+from fediod_med.privacy.subspace import signal_to_noise
 from fediod_med.sites import Site
 from fediod_med.teacher import labelled, train_teacher
 
@@ -207,7 +208,25 @@ def announcement(site: Site, gate: Gate, schedule: Schedule, *, compare: bool) -
             f"{site.site_name}: this run needs {needed} releases, and the site plans {site.releases}; set "
             f"`releases: {needed}` in its site file, or ask for fewer rounds or --no-compare"
         )
-    return f"{site.site_name}: {planned_cost(gate, releases=needed)}"
+    return f"{site.site_name}: {planned_cost(gate, releases=needed)}{_prospect(site, gate)}"
+
+
+def _prospect(site: Site, gate: Gate) -> str:
+    """A warning where the noise of a step is larger than any signal that the patients could give."""
+    if gate.policy is None or site.privacy_mode != "dp-sgd" or site.subspace == 0:
+        return ""
+    teacher = gate.policy.part("teacher")
+    ratio = signal_to_noise(
+        noise_multiplier=teacher.noise_multiplier,
+        expected_patients=teacher.sample_rate * gate.policy.patients,
+        dimensions=site.subspace,
+    )
+    if ratio >= 1:
+        return ""
+    return (
+        f". The noise of a step is {1 / ratio:.1f} times the largest signal that its patients could give: expect the "
+        "teacher to learn next to nothing from them; more patients or a larger budget would help"
+    )
 
 
 def planned_cost(gate: Gate, *, releases: int) -> str:

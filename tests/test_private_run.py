@@ -524,6 +524,21 @@ def test_another_run_of_the_same_patients_is_paid_from_the_same_budget(finished:
         run_distillation(sites, out=finished.parent / "second", schedule=TINY, pool=3, device="cpu", seed=5)
 
 
+def test_a_hospital_is_told_when_noise_will_drown_its_patients(site: Site) -> None:
+    drowned = dataclasses.replace(site, private_steps=60)
+    gate = open_gate(drowned)
+    assert gate.policy is not None
+    teacher = gate.policy.part("teacher")
+    times = teacher.noise_multiplier * drowned.subspace**0.5 / (teacher.sample_rate * gate.policy.patients)
+    assert times > 1
+    line = announcement(drowned, gate, TINY, compare=False)
+    assert f"noise of a step is {times:.1f} times the largest signal" in line
+    calm = dataclasses.replace(drowned, subspace=1)
+    assert ("times the largest signal" in announcement(calm, gate, TINY, compare=False)) == (
+        times > drowned.subspace**0.5
+    )
+
+
 def test_the_papers_mode_needs_its_releases_planned(site: Site) -> None:
     paper = dataclasses.replace(site, privacy_mode="gradient", releases=5)
     gate = open_gate(paper)

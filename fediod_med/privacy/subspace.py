@@ -67,12 +67,27 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.reshape(t.shape).to(t.dtype) for part, t in zip(vector.split(sizes), like, strict=True)]
 
 
+def signal_to_noise(*, noise_multiplier: float, expected_patients: float, dimensions: int) -> float:
+    """`r = q n / (sigma sqrt(k))`: the clip norm over the norm of the noise on the k averaged coefficients.
+
+    No step of a private training can carry a larger signal: every patient's gradient has at most the clip norm.
+
+    Args:
+        noise_multiplier: sigma.
+        expected_patients: q * n.
+        dimensions: k.
+    """
+    if noise_multiplier == 0 or dimensions == 0:
+        return math.inf
+    return expected_patients / (noise_multiplier * math.sqrt(dimensions))
+
+
 def public_share(least: float, *, noise_multiplier: float, expected_patients: float, dimensions: int) -> float:
     """Share of the public gradient in a step, larger the more the noise drowns the private one.
 
-    `1 - (1 - least) * min(1, r / 2)` with `r = q n / (sigma sqrt(k))`: the clip norm over the norm of the noise on the
-    k averaged coefficients. Below r = 2 each step leans on public data, so that training with few patients or a small
-    budget falls back on rehearsal instead of following noise. Only planned numbers enter: it costs nothing.
+    `1 - (1 - least) * min(1, r / 2)` with r of `signal_to_noise`. Below r = 2 each step leans on public data, so that
+    training with few patients or a small budget falls back on rehearsal instead of following noise. Only planned
+    numbers enter: it costs nothing.
 
     Args:
         least: share where noise is small.
@@ -80,9 +95,9 @@ def public_share(least: float, *, noise_multiplier: float, expected_patients: fl
         expected_patients: q * n.
         dimensions: k.
     """
-    if noise_multiplier == 0 or dimensions == 0:
-        return least
-    ratio = expected_patients / (noise_multiplier * math.sqrt(dimensions))
+    ratio = signal_to_noise(
+        noise_multiplier=noise_multiplier, expected_patients=expected_patients, dimensions=dimensions
+    )
     return 1 - (1 - least) * min(1.0, ratio / 2)
 
 
