@@ -7,6 +7,9 @@ Weights and signs stand in one visible sum in `distillation.py`. All functions w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
 import torch
 from monai.losses import DiceLoss
 from torch import Tensor
@@ -107,6 +110,65 @@ def released_divergence(probs: Tensor) -> Tensor:
     return (mixture * (mixture.log() - clamped.log())).sum(dim=2).mean()
 
 
+def site_label_information(probs: Tensor, site_weights: Tensor) -> Tensor:
+    """Mutual information of hospital and label, `sum_k pi_k KL(p_k || sum_j pi_j p_j)`, nats per voxel.
+
+    `I(S; Y) = H(Y) - H(Y | S)` with `P(S = k) = pi_k` and `P(Y | S = k) = p_k`: the same number as
+    `teacher_divergence`, written as the divergences from the mixture (Lin 1991, IEEE Trans Inf Theory 37(1), eq. 4.1).
+
+    Args:
+        probs: `(K, B, C, ...)`.
+        site_weights: `(K,)`, non-negative, summing to 1.
+    """
+    probs = probs.clamp_min(_FLOOR)
+    mixture = _weighted_mean(probs, site_weights)
+    return _weighted_mean((probs * (probs.log() - mixture.log())).sum(dim=2), site_weights).mean()
+
+
+def pairwise_divergence(probs: Tensor) -> Tensor:
+    """Mean over ordered pairs of hospitals of `KL(p_k || p_j)`, nats per voxel; 0 for a single hospital.
+
+    `1 / (K (K - 1)) sum_{j != k} KL(p_k || p_j)`, from sums over k alone, so memory grows with K and not with K^2.
+    Unlike the Jensen-Shannon divergence it has no upper bound.
+
+    Args:
+        probs: `(K, B, C, ...)`.
+    """
+    hospitals = probs.shape[0]
+    probs = probs.clamp_min(_FLOOR)
+    logs = probs.log()
+    own = hospitals * (probs * logs).sum(dim=(0, 2))
+    cross = (probs.sum(dim=0) * logs.sum(dim=0)).sum(dim=1)
+    return (own - cross).mean() / max(hospitals * (hospitals - 1), 1)
+
+
+def feature_contrast(probs: Tensor, site_weights: Tensor) -> Tensor:
+    """How far the hospitals' answer statistics lie apart, `sum_k pi_k mean_b |f_k(x_b) - f(x_b)|^2 / dim f`.
+
+    `f_k(x)` holds, by class, the mean and the standard deviation over voxels of the centred log-probability
+    `log p_k^c - mean_c log p_k^c` (the teacher's logit up to the constant that softmax drops), `f = sum_k pi_k f_k`.
+    Channel moments as in DeepInversion (Yin et al. 2020, arXiv 1912.08795, eq. 4), here of the teachers' last layer,
+    the only one that leaves a hospital, and between hospitals. Answers without voxels have the mean alone.
+
+    Args:
+        probs: `(K, B, C, ...)`.
+        site_weights: `(K,)`, non-negative, summing to 1.
+    """
+    logs = probs.clamp_min(_FLOOR).log()
+    centred = logs - logs.mean(dim=2, keepdim=True)
+    features = centred
+    if probs.dim() > 3:
+        voxels = centred.flatten(3)
+        spread = (voxels.var(dim=3, correction=0) + _FLOOR).sqrt()  # the root has no gradient at 0
+        features = torch.cat([voxels.mean(dim=3), spread], dim=2)
+    return _weighted_mean((features - _weighted_mean(features, site_weights)).square(), site_weights).mean()
+
+
+def _weighted_mean(values: Tensor, site_weights: Tensor) -> Tensor:
+    """`sum_k pi_k v_k`, `(K, ...)` to `(...)`."""
+    return torch.tensordot(site_weights.to(values), values, dims=1)
+
+
 def class_balance(probs: Tensor, target: Tensor) -> Tensor:
     """`KL(p_mean || target)`, p_mean the batch and voxel mean of one teacher's prediction (balance).
 
@@ -159,3 +221,15 @@ def soft_dice(probs: Tensor, target: Tensor) -> Tensor:
         probs, target
     )
     return loss
+
+
+DIVERGENCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
+    {
+        "jensen_shannon": teacher_divergence,
+        "released": lambda probs, site_weights: released_divergence(probs),
+        "information": site_label_information,
+        "pairwise": lambda probs, site_weights: pairwise_divergence(probs),
+        "features": feature_contrast,
+    }
+)
+"""How far the teachers differ on x, by name: `(K, B, C, ...)` and site weights `(K,)` to a scalar."""
