@@ -87,7 +87,15 @@ def _run(run: Path) -> None:
     }
     _json(run / "summary.json", {"privacy": privacy, "rows": rows, "data": "phantoms", "mode": "conditional"})
     _json(run / "run.json", {"command": "distill", "privacy": privacy})
-    _json(run / "history.json", {"rounds": [{"round": r, "student": 0.1 * r, "realism": 0.2} for r in (1, 2, 3)]})
+    _json(
+        run / "history.json",
+        {
+            "rounds": [
+                {"round": r, "student": 0.1 * r, "realism": 0.2, "realism_sites": {"north": 0.1, "south": 0.3}}
+                for r in (1, 2, 3)
+            ]
+        },
+    )
     (run / "run_id").write_text("demo1\n")
     (run / "scores").mkdir()
     head = "subject_id,site,region,dice,hd95_mm,reference_empty,notice\n"
@@ -95,14 +103,30 @@ def _run(run: Path) -> None:
         lines = [f"{c},north,{r},{dice},3.5,false,n\n" for c in CASES for r in ("TC", "WT", "ET")]
         (run / "scores" / f"{key}.csv").write_text(head + "".join(lines))
     for number in range(2):
-        classes = _tumour(number)
-        image = np.stack([(50 + 30 * classes + 10 * k).astype(np.float32) for k in range(4)], axis=3)
-        name = f"synthetic-{number:02d}"
-        _save(run / "synthetic" / f"{name}.nii.gz", image)
-        _save(run / "synthetic" / f"{name}_labels.nii.gz", classes)
-        for shift, site in enumerate(privacy):
-            answer = np.roll(classes, shift, axis=1)
-            _save(run / "synthetic" / f"{name}_teacher-{site}.nii.gz", answer)
+        _synthetic(run / "synthetic", f"synthetic-{number:02d}", number, tuple(privacy))
+    kept = run / "synthetic" / "round-000002"
+    _synthetic(kept, "synthetic-00", 2, tuple(privacy))
+    classes = _tumour(2)
+    _save(kept / "synthetic-00_phantom.nii.gz", np.stack([(40.0 + 20 * classes).astype(np.float32)] * 4, axis=3))
+    for shift, name in enumerate(("ensemble", "student")):
+        _save(kept / f"synthetic-00_{name}.nii.gz", np.roll(classes, shift, axis=2))
+    quality = {
+        "notice": "Phantoms only.",
+        "reference": "24 public phantoms",
+        "measures": {"kid": {"value": 0.012, "low": 0.01}, "precision": 0.75},
+        "per_site": {"north": "a private hospital releases nothing of this", "south": {"kid": 0.02}},
+        "nearest": {"round-000002/synthetic-00": {"distance": 3.5}},
+    }
+    _json(run / "synthetic" / "quality.json", quality)
+
+
+def _synthetic(folder: Path, name: str, number: int, sites: tuple[str, ...]) -> None:
+    classes = _tumour(number)
+    image = np.stack([(50 + 30 * classes + 10 * k).astype(np.float32) for k in range(4)], axis=3)
+    _save(folder / f"{name}.nii.gz", image)
+    _save(folder / f"{name}_labels.nii.gz", classes)
+    for shift, site in enumerate(sites):
+        _save(folder / f"{name}_teacher-{site}.nii.gz", np.roll(classes, shift, axis=1))
 
 
 def _save(path: Path, array: np.ndarray) -> Path:

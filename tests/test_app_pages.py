@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,40 @@ def test_a_synthetic_volume_is_turned_slice_by_slice(demo: Path) -> None:
     after = [image.proto.imgs[0].url for image in app.get("image")]
     assert not app.exception and before[0] != after[0]
     assert any("hospitals" in metric.label for metric in app.metric)
+
+
+def test_a_synthetic_volume_of_a_round_stands_beside_its_phantom(demo: Path) -> None:
+    app = opened("synthetic")
+    assert next(found for found in app.selectbox if found.label == "Round").value == "round 2"
+    overlay = next(found for found in app.selectbox if found.label == "Overlay")
+    assert overlay.options == ["made from", "teacher north", "teacher south", "ensemble", "student", "none"]
+    next(found for found in app.toggle if found.label == "Side by side").set_value(True).run()
+    assert not app.exception and len(app.get("image")) == 3 + 5 + 2
+    bold = [text.value for text in app.markdown]
+    assert "**public phantom it started from**" in bold and "**disagreement of the hospitals**" in bold
+    assert any(metric.label.startswith("Nearest public phantom") and metric.value == "3.5" for metric in app.metric)
+    measures = next(found.value for found in app.dataframe if "measure" in found.value)
+    assert list(measures["value"].dropna()) == [0.012, 0.01, 0.75, 0.02]
+    next(found for found in app.selectbox if found.label == "Round").set_value("end of the run").run()
+    assert not app.exception and any("Not kept with this volume" in text.value for text in app.caption)
+
+
+def test_a_run_without_synthetic_volumes_says_so(demo: Path) -> None:
+    shutil.rmtree(demo / "run" / "synthetic")
+    (demo / "run" / "history.json").unlink()
+    app = opened("synthetic")
+    told = " ".join(info.value.replace("\\", "") for info in app.info)
+    assert "kept no synthetic volume" in told and "did not measure" in told and "history.json" in told
+    assert not app.error
+
+
+@pytest.mark.parametrize("page", ["synthetic", "cases", "rating"])
+def test_the_browser_may_draw_the_planes_itself(demo: Path, page: str) -> None:
+    app = opened(page, reviewer="r9")
+    next(found for found in app.toggle if found.label == "Interactive").set_value(True).run()
+    assert not app.exception and not app.error and not app.get("image")
+    sliders = {found.label for found in app.slider}
+    assert {"Axial slice", "Coronal slice", "Sagittal slice"} <= sliders
 
 
 def test_a_case_shows_volumes_quality_findings_and_the_reference(demo: Path) -> None:

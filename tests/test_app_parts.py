@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from fediod_med.review.rating import agreement_rows, in_words, next_region, open
 from fediod_med.review.roots import Roots
 from fediod_med.review.run_folder import read_run
 from fediod_med.review.settings import app_script, parse_arguments, review_settings, server_command
+from fediod_med.review.synthetic_folder import missing_words, nearest_of, quality_rows
 from fediod_med.review.tables import dice_rows, progress_rows, site_rows, volume_rows
 from fediod_med.review.uploads import MAX_FILE_BYTES, guess_sequence, keep_uploads
 from fediod_med.review.viewing import (
@@ -28,8 +31,10 @@ from fediod_med.review.viewing import (
     point_of,
     slices_at,
     start_point,
+    synthetic_disagreement,
     synthetic_image,
     synthetic_maps,
+    synthetic_phantom,
     volumes_of,
 )
 from fediod_med.review.volumes import LoadedVolume, VolumeCache
@@ -164,9 +169,54 @@ def test_a_case_and_a_synthetic_volume_are_ready_to_draw(tmp_path: Path) -> None
     assert slices_at(image, point_of(image, slices_at(image, start))) == slices_at(image, start)
     with pytest.raises(SettingsError, match="sequence"):
         case_images(case, cache, "DWI")
-    volume = (read_run(root / "run").synthetic or ())[0]
-    assert list(synthetic_maps(volume, cache)) == ["made from", "teacher north", "teacher south"]
-    assert synthetic_image(volume, cache, "T2").array.max() > 0
+    first, last = (read_run(root / "run").synthetic or ())[::2]
+    assert list(synthetic_maps(last, cache)) == ["made from", "teacher north", "teacher south"]
+    assert list(synthetic_maps(first, cache)) == ["made from", "teacher north", "teacher south", "ensemble", "student"]
+    assert synthetic_image(last, cache, "T2").array.max() > 0
+    assert synthetic_phantom(first, cache, "T2").array.max() == 100
+    with pytest.raises(InputError, match="no phantom"):
+        synthetic_phantom(last, cache, "T2")
+
+
+def test_disagreement_is_computed_once_until_an_answer_changes(tmp_path: Path) -> None:
+    volume, cache = (read_run(write_app_demo(tmp_path) / "run").synthetic or ())[0], VolumeCache()
+    first = synthetic_disagreement(volume, cache)
+    assert first is not None and first.array.max() == pytest.approx(np.log(2)) and first.array.min() == 0
+    assert synthetic_disagreement(volume, cache) is first
+    shutil.copy(volume.answers["north"], volume.answers["south"])
+    alike = synthetic_disagreement(volume, cache)
+    assert alike is not None and alike.array.max() == 0
+    assert synthetic_disagreement(replace(volume, answers={}), cache) is None
+
+
+def test_quality_rows_tell_numbers_and_reasons(tmp_path: Path) -> None:
+    run = read_run(write_app_demo(tmp_path) / "run")
+    assert run.synthetic is not None and run.synthetic_quality is not None
+    rows = [(row["against"], row["measure"], row["value"]) for row in quality_rows(run.synthetic_quality)]
+    assert rows == [
+        ("24 public phantoms", "kid value", 0.012),
+        ("24 public phantoms", "kid low", 0.01),
+        ("24 public phantoms", "precision", 0.75),
+        ("scans of north", "all", None),
+        ("scans of south", "kid", 0.02),
+    ]
+    assert "releases nothing" in quality_rows(run.synthetic_quality)[3]["note"]
+    assert [row["value"] for row in nearest_of(run.synthetic_quality, run.synthetic[0])] == [3.5]
+    assert nearest_of(run.synthetic_quality, run.synthetic[1]) == nearest_of(None, run.synthetic[0]) == []
+    assert quality_rows({"per_site": "not measured"})[0]["note"] == "not measured"
+    by_site = [row for row in progress_rows(run) if row["quantity"] == "realism (critics) by hospital"]
+    assert [(row["hospital"], row["value"]) for row in by_site[:2]] == [("north", 0.1), ("south", 0.3)]
+
+
+def test_what_was_not_kept_is_said(tmp_path: Path) -> None:
+    root = write_app_demo(tmp_path)
+    kept, last = (read_run(root / "run").synthetic or ())[:2]
+    assert missing_words(kept, [2, None]) == []
+    assert "student" in missing_words(last, [2, None])[0] and "hospitals" not in missing_words(last, [2, None])[0]
+    assert missing_words(kept, [None])[0].startswith("The run kept no volume of a round")
+    (root / "run" / "synthetic" / "quality.json").unlink()
+    run = read_run(root / "run")
+    assert run.synthetic_quality is None and "did not measure" in run.why("synthetic_quality")
 
 
 def test_overlays_follow_the_choice() -> None:

@@ -1,95 +1,40 @@
-"""The review app in a real browser: Debian's chromium, driven by Playwright, on made-up volumes."""
+"""The review app in a real browser, page by page."""
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import io
-import os
-import shutil
-import socket
-import subprocess
-import time
-import urllib.request
-from collections import Counter
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
-from app_demo import write_app_demo  # type: ignore[import-not-found]
+from app_browser import (  # type: ignore[import-not-found]
+    CHROMIUM,
+    FLAGS,
+    Served,
+    box,
+    changed,
+    go,
+    picture,
+    serve,
+    settle,
+    sync_api,
+    watch,
+)
+from PIL import Image
 
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
-from fediod_med.review.settings import review_settings, server_command
 from fediod_med.review.store import ReviewStore
 
-pytest.importorskip("streamlit", reason="the review app needs streamlit: pip install 'fediod-med[app]'")
-sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="browser tests need chromium: apt-get install chromium"),
 ]
 PAGES = ("Overview", "Synthetic volumes", "Cases", "Review", "Privacy", "Segment")
-RESTED = """() => {
-    const idle = document.querySelector('[data-testid="stApp"][data-test-script-state="notRunning"]');
-    const fading = document.querySelector('[data-stale="true"]')
-        || document.getAnimations().some(each => each.playState === "running");
-    if (!idle || fading) window.restingSince = null;
-    else window.restingSince ??= performance.now();
-    return window.restingSince !== null && performance.now() - window.restingSince > 300;
-}"""
 AXE = Path(__file__).parent / "vendor" / "axe-4.14.1.min.js"
-# Streamlit's client looks for its server below the page's own path first when a page is loaded by its address.
-PROBES = ("/_stcore/health", "/_stcore/host-config")
-
-
-@dataclass
-class Served:
-    """A running app."""
-
-    url: str
-    root: Path
-    reviews: Path
-    work: Path
-
-
-@dataclass
-class Watch:
-    """What a page asked for and complained about."""
-
-    requests: list[str]
-    problems: list[str]
-
-    def nothing_wrong(self) -> None:
-        hosts = {urlsplit(url).hostname for url in self.requests if not url.startswith(("data:", "blob:"))}
-        assert hosts <= {"127.0.0.1"}, hosts
-        assert not self.problems, self.problems
-
-
-def serve(folder: Path, cases: tuple[str, ...]) -> Iterator[Served]:
-    root = write_app_demo(folder / "demo", cases=cases)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = review_settings([root], reviews=folder / "reviews.sqlite", work=folder / "work")
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(server_command(settings, port=port), stdout=log, stderr=log)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            for _ in range(150):
-                try:
-                    urllib.request.urlopen(f"{url}/_stcore/health", timeout=1).close()
-                    break
-                except OSError:
-                    assert server.poll() is None, (folder / "log").read_text()
-                    time.sleep(0.2)
-            yield Served(url, root, settings.reviews, settings.work)
-        finally:
-            server.terminate()
-            server.wait(20)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +46,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def browser() -> Iterator[Any]:
     sync_api.expect.set_options(timeout=30_000)  # as for the pages: how fast the app is, benchmarks/app.py measures
     with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield found
         found.close()
 
@@ -113,56 +58,6 @@ def page(browser: Any) -> Iterator[Any]:
     shown.set_default_timeout(30_000)
     yield shown
     context.close()
-
-
-def watch(page: Any) -> Watch:
-    seen = Watch([], [])
-    page.on("request", lambda request: seen.requests.append(request.url))
-    page.on("websocket", lambda socket: seen.requests.append(socket.url))
-    page.on("pageerror", lambda error: seen.problems.append(str(error)))
-
-    def said(message: Any) -> None:
-        probe = str((message.location or {}).get("url", "")).endswith(PROBES)
-        if message.type == "error" and not probe:
-            seen.problems.append(f"{message.text} {(message.location or {}).get('url')}")
-
-    page.on("console", said)
-    return seen
-
-
-def go(page: Any, app: Served, name: str) -> None:
-    """Open a page by its link, as a reader does."""
-    if not page.url.startswith(app.url):
-        page.goto(app.url)
-    page.get_by_test_id("stTopNavLink").filter(has_text=name).click()
-    settle(page)
-    sync_api.expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible()
-
-
-def box(page: Any, label: str) -> Any:
-    return page.get_by_role("textbox", name=label)
-
-
-def settle(page: Any) -> None:
-    """Wait for the script and for its pictures, which the server forgets once they have been replaced.
-
-    A rerun begins a moment after what asked for it, and fades what it has not drawn yet: the page is at rest once it
-    has been idle and whole for a while.
-    """
-    page.evaluate("window.restingSince = null")
-    page.wait_for_function(RESTED)
-    page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-
-
-def picture(page: Any, number: int = 0) -> str:
-    return str(page.locator('[data-testid="stImage"] img').nth(number).get_attribute("src"))
-
-
-def changed(page: Any, before: str, number: int = 0) -> str:
-    image = page.locator('[data-testid="stImage"] img').nth(number)
-    sync_api.expect(image).not_to_have_attribute("src", before)
-    settle(page)
-    return picture(page, number)
 
 
 def test_slices_are_turned_and_overlays_toggled(app: Served, page: Any) -> None:
@@ -185,6 +80,82 @@ def test_slices_are_turned_and_overlays_toggled(app: Served, page: Any) -> None:
     seen.nothing_wrong()
 
 
+def place(page: Any) -> str:
+    """Where the crosshair stands, as the legend says."""
+    return str(page.get_by_text("Crosshair at").last.inner_text()).split("Crosshair at ")[1].rstrip(".")
+
+
+def test_a_click_on_a_picture_moves_the_crosshair(app: Served, page: Any) -> None:
+    seen = watch(page)
+    go(page, app, "Cases")
+    image = page.locator('[data-testid="stImage"] img').first
+    before = picture(page)
+    box_of = image.bounding_box()
+    image.click(position={"x": 0.27 * box_of["width"], "y": 0.27 * box_of["height"]})
+    changed(page, before)
+    sliders = {plane: page.get_by_role("slider", name=f"{plane} slice") for plane in ("Axial", "Coronal", "Sagittal")}
+    found = {plane: int(slider.input_value()) for plane, slider in sliders.items()}
+    # 20 by 24 voxels; left in the picture is right, the high end of the first axis, and top is anterior
+    height = 0.27 * box_of["height"] * image.evaluate("i => i.naturalHeight / i.height")
+    assert found["Sagittal"] == round(0.73 * 20 - 0.5)
+    assert found["Coronal"] == round((1 - height / image.evaluate("i => i.naturalHeight - 18")) * 24 - 0.5)
+    before = picture(page, 1)
+    sliders["Axial"].press("ArrowLeft")  # the keys go on from where the click led
+    changed(page, before, 1)
+    assert int(sliders["Axial"].input_value()) == found["Axial"] - 1
+    seen.nothing_wrong()
+
+
+def colours_in(canvas: Any) -> np.ndarray:
+    """Pixels of a canvas, `(N, 3)`."""
+    with Image.open(io.BytesIO(canvas.screenshot())) as shot:
+        return np.asarray(shot.convert("RGB")).reshape(-1, 3).astype(int)
+
+
+def test_the_interactive_viewer_draws_and_keeps_the_place(app: Served, page: Any) -> None:
+    seen = watch(page)
+    go(page, app, "Cases")
+    start = place(page)
+    page.get_by_text("Interactive", exact=True).click()
+    viewer = page.locator(".fediod-viewer")
+    sync_api.expect(viewer).to_have_attribute("data-drawn", re.compile("0.5$"), timeout=120_000)
+    settle(page)
+    assert viewer.locator(".place").inner_text() == f"Crosshair at {start}"
+    sync_api.expect(viewer.get_by_text(NOT_FOR_CLINICAL_USE)).to_be_visible()
+    canvas = viewer.locator("canvas")
+    pixels = colours_in(canvas)
+    green = (pixels[:, 1] > pixels[:, 0] + 25) & (pixels[:, 1] > pixels[:, 2] + 5)  # the whole tumour's colour
+    assert len(np.unique(pixels, axis=0)) > 50 and green.mean() > 0.01
+    size = canvas.bounding_box()
+    canvas.click(position={"x": 0.12 * size["width"], "y": 0.4 * size["height"]})
+    sync_api.expect(viewer.locator(".place")).not_to_have_text(f"Crosshair at {start}")
+    moved = viewer.locator(".place").inner_text().removeprefix("Crosshair at ")
+    sync_api.expect(page.get_by_text(f"Crosshair at {moved}.")).to_be_visible()  # the page has heard of it
+    page.get_by_role("slider", name="Opacity").press("Home")
+    sync_api.expect(viewer).to_have_attribute("data-drawn", re.compile(" 0(.0)?$"))
+    bare = colours_in(canvas)
+    assert ((bare[:, 1] > bare[:, 0] + 25) & (bare[:, 1] > bare[:, 2] + 5)).mean() < 0.001
+    settle(page)
+    page.get_by_text("Interactive", exact=True).click()
+    sync_api.expect(page.locator('[data-testid="stImage"] img')).to_have_count(3)
+    assert place(page) == moved
+    seen.nothing_wrong()
+
+
+def test_without_webgl_pictures_are_shown_and_the_reason_is_said(app: Served, page: Any) -> None:
+    page.add_init_script(
+        "const real = HTMLCanvasElement.prototype.getContext;"
+        "HTMLCanvasElement.prototype.getContext ="
+        " function (kind, ...rest) { return kind === 'webgl2' ? null : real.call(this, kind, ...rest); }"
+    )
+    seen = watch(page)
+    go(page, app, "Synthetic volumes")
+    page.get_by_text("Interactive", exact=True).click()
+    sync_api.expect(page.get_by_text("this browser has no WebGL2")).to_be_visible()
+    sync_api.expect(page.locator('[data-testid="stImage"] img')).to_have_count(3)
+    seen.nothing_wrong()
+
+
 def test_a_case_is_rated_by_keyboard_and_found_again(app: Served, page: Any) -> None:
     seen = watch(page)
     go(page, app, "Review")
@@ -192,6 +163,7 @@ def test_a_case_is_rated_by_keyboard_and_found_again(app: Served, page: Any) -> 
     box(page, "Reviewer code").press("Enter")
     sync_api.expect(page.get_by_text("0 of 3 cases reviewed")).to_be_visible()
     page.get_by_role("heading", name="Review", exact=True).click()
+    settle(page)  # the keys are those of buttons, which come after the line on progress
     for key, region in (("4", "TC"), ("3", "ET"), ("2", "WT")):
         page.keyboard.press(key)
         sync_api.expect(page.get_by_text(f"Keys 1 to 4 rate {region} now.")).to_be_visible()
@@ -261,41 +233,3 @@ def test_no_serious_finding_of_accessibility(app: Served, page: Any) -> None:
             for node in rule["nodes"]
         ]
     assert not found, "\n".join(found)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_three_browsers_rate_one_queue(tmp_path: Path) -> None:
-    """500 ratings by three readers at once: none lost, none doubled."""
-    ratings = int(os.environ.get("FEDIOD_BROWSER_RATINGS", "500"))
-    readers = ("one", "two", "three")
-    cases = tuple(f"case-{number:03d}" for number in range(-(-ratings // len(readers))))
-    for app in serve(tmp_path, cases):
-        shares = [ratings // len(readers) + (number < ratings % len(readers)) for number in range(len(readers))]
-        asyncio.run(_rate_at_once(app, list(zip(readers, shares, strict=True))))
-        events = ReviewStore(app.reviews).events(kind="review")
-        assert len(events) == ratings
-        assert Counter(event.reviewer for event in events) == dict(zip(readers, shares, strict=True))
-        assert len({(event.reviewer, event.case) for event in events}) == ratings
-        assert ReviewStore(app.reviews).verify().ok
-
-
-async def _rate_at_once(app: Served, readers: list[tuple[str, int]]) -> None:
-    from playwright.async_api import async_playwright, expect
-
-    async def reader(playwright: Any, name: str, count: int) -> None:
-        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = await browser.new_page(viewport={"width": 1280, "height": 800})
-        page.set_default_timeout(60_000)
-        await page.goto(f"{app.url}/rating?reviewer={name}")
-        for done in range(count):
-            await expect(page.get_by_text(f"{done} of ", exact=False).first).to_be_visible(timeout=60_000)
-            await page.wait_for_function(RESTED)
-            if done == 0:
-                await page.get_by_role("heading", name="Review", exact=True).click()
-            await page.keyboard.press("a")
-            await expect(page.get_by_text(f"{done + 1} of ", exact=False).first).to_be_visible(timeout=60_000)
-        await browser.close()
-
-    async with async_playwright() as playwright:
-        await asyncio.gather(*(reader(playwright, name, count) for name, count in readers))

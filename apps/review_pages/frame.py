@@ -13,6 +13,7 @@ import streamlit as st
 from fediod_med.errors import FediodError
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 from fediod_med.review.case_folder import Case, CaseFolder, read_cases
+from fediod_med.review.interactive import PartCache
 from fediod_med.review.roots import Found, Roots
 from fediod_med.review.run_folder import RunFolder, read_run
 from fediod_med.review.settings import ReviewSettings, parse_arguments
@@ -21,12 +22,15 @@ from fediod_med.review.volumes import VolumeCache
 
 RUN_PAGES = ("Overview", "Synthetic volumes", "Privacy")
 CASE_PAGES = ("Cases", "Review")
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+"""Of hospitals in charts: Okabe and Ito's, which colour-blind readers tell apart."""
 _STYLE = """<style>
 [data-testid="stMainBlockContainer"] {padding: 4rem 2rem 1rem 2rem;}
 [data-testid="stMainBlockContainer"] h1 {font-size: 1.6rem; padding: .2rem 0;}
 [data-testid="stMainBlockContainer"] h3 {font-size: 1.2rem;}
 [data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] * {color: #454B55 !important; opacity: 1;}
 [data-testid="stVerticalBlock"] {gap: .6rem;}
+[class*="st-key-planes-"] [data-testid="stImage"] img {cursor: crosshair;}
 .banner {border-left: .5rem solid; padding: .35rem .8rem; margin: 0 0 .3rem 0; font-weight: 600; border-radius: .2rem;}
 .bare {background: #FDECEA; border-color: #B3261E; color: #7A1A14;}
 .private {background: #E8F1FB; border-color: #0B5CAD; color: #083F78;}
@@ -58,6 +62,12 @@ def store() -> ReviewStore:
 def cache() -> VolumeCache:
     """Volumes in use, shared by all pages and browsers."""
     return _opened(tuple(sys.argv[1:]))[3]
+
+
+@st.cache_resource(show_spinner=False)
+def parts() -> PartCache:
+    """What the interactive viewer was sent, shared likewise."""
+    return PartCache()
 
 
 @st.cache_data(ttl=15, show_spinner=False)

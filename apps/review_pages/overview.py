@@ -10,6 +10,7 @@ from fediod_med.labels import REGIONS
 from fediod_med.review.run_folder import RunFolder, differences_by_case
 from fediod_med.review.tables import dice_rows, model_name, privacy_rows, score_rows, site_rows
 from review_pages import frame
+from review_pages.frame import COLOURS
 
 
 def page() -> None:
@@ -77,7 +78,7 @@ def _per_site(run: RunFolder) -> None:
         .encode(
             x=alt.X("mean Dice:Q", scale=alt.Scale(zero=False)),
             y=alt.Y("model:N", sort=None, title=None, axis=alt.Axis(labelLimit=220)),
-            color=alt.Color("hospital:N", scale=alt.Scale(range=_COLOURS)),
+            color=alt.Color("hospital:N", scale=alt.Scale(range=COLOURS)),
             shape="hospital:N",
             tooltip=list(rows.columns),
         )
@@ -100,7 +101,7 @@ def _per_case(run: RunFolder) -> None:
         .encode(
             x="Dice:Q",
             y=alt.Y("model:N", sort=None, title=None, axis=alt.Axis(labelLimit=220)),
-            color=alt.Color("hospital:N", scale=alt.Scale(range=_COLOURS)),
+            color=alt.Color("hospital:N", scale=alt.Scale(range=COLOURS)),
             shape="reference:N",
             tooltip=list(rows.columns),
         )
@@ -118,15 +119,13 @@ def _per_case(run: RunFolder) -> None:
             .encode(
                 x=alt.X("case:N", sort=None, axis=None),
                 y="difference:Q",
-                color=alt.Color("hospital:N", scale=alt.Scale(range=_COLOURS)),
+                color=alt.Color("hospital:N", scale=alt.Scale(range=COLOURS)),
                 tooltip=["case", "hospital", "difference"],
             )
             .properties(height=240),
             alt=f"Student's Dice minus that of {other} for every case in {region}",
         )
 
-
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 
 with frame.refusing():
     page()

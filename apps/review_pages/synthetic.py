@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import altair as alt
 import pandas as pd
 import streamlit as st
 
 from fediod_med.labels import SEQUENCES
-from fediod_med.review.overlays import vote_entropy
-from fediod_med.review.run_folder import RunFolder, SyntheticVolume
+from fediod_med.review.run_folder import RunFolder
+from fediod_med.review.synthetic_folder import SyntheticVolume, missing_words, nearest_of, quality_rows
 from fediod_med.review.tables import progress_rows
-from fediod_med.review.viewing import synthetic_image, synthetic_maps, volumes_of
+from fediod_med.review.viewing import (
+    synthetic_disagreement,
+    synthetic_image,
+    synthetic_maps,
+    synthetic_phantom,
+    volumes_of,
+)
+from fediod_med.review.volumes import LoadedVolume
 from review_pages import frame, viewer
+from review_pages.frame import COLOURS
 
 
 def page() -> None:
@@ -24,39 +34,69 @@ def page() -> None:
         st.info(frame.plain(run.why("synthetic")))
     else:
         _browse(run, run.synthetic)
+    _quality(run)
     _progress(run)
 
 
 def _browse(run: RunFolder, volumes: tuple[SyntheticVolume, ...]) -> None:
     rounds = list(dict.fromkeys(volume.round for volume in volumes))
     left, right = st.columns([1, 3])
-    chosen = left.selectbox(
-        "Round", rounds, format_func=lambda r: "end of the run" if r is None else f"round {r}", key="synthetic-round"
-    )
+    named = {"end of the run" if number is None else f"round {number}": number for number in rounds}
+    chosen = named[left.selectbox("Round", list(named), key="synthetic-round")]
     of_round = {volume.name: volume for volume in volumes if volume.round == chosen}
     name = right.segmented_control(
-        "Volume", list(of_round), default=next(iter(of_round)), key="synthetic", required=True
+        "Volume", list(of_round), default=next(iter(of_round)), key=f"synthetic-{chosen}", required=True
     )
     volume = of_round.get(name or "", next(iter(of_round.values())))
     cache = frame.cache()
     maps = synthetic_maps(volume, cache)
-    if not volume.answers:
-        st.caption("The run kept no answer of a single hospital for this volume, only the label map it was made from.")
+    disagreement = synthetic_disagreement(volume, cache)
+    companions: dict[str, Callable[[str], LoadedVolume]] = {}
+    if volume.phantom is not None:
+        companions["public phantom it started from"] = lambda sequence: synthetic_phantom(volume, cache, sequence)
+    if disagreement is not None:
+        companions[disagreement.name] = lambda _: disagreement
     viewer.show(
-        f"synthetic-{run.run_id}-{volume.name}",
+        f"synthetic-{run.run_id}-{volume.key}",
         SEQUENCES,
         lambda sequence: synthetic_image(volume, cache, sequence),
         maps,
+        companions=companions,
         synthetic=True,
     )
-    answers = [labels for map_name, labels in maps.items() if map_name.startswith("teacher ")]
-    if len(answers) > 1:
-        disagreement = vote_entropy(answers)
-        st.metric("Mean disagreement of the hospitals (nats)", f"{float(disagreement.array.mean()):.4f}")
+    for words in missing_words(volume, rounds):
+        st.caption(words)
+    left, right = st.columns([2, 1])
     if maps:
         rows = [{"label map": n, **{r: round(v, 2) for r, v in volumes_of(m).items()}} for n, m in maps.items()]
-        st.dataframe(rows, hide_index=True, alt="Volumes of the label maps in millilitres")
-        st.caption("Millilitres per class and region.")
+        left.dataframe(rows, hide_index=True, alt="Volumes of the label maps in millilitres")
+        left.caption("Millilitres per class and region.")
+    if disagreement is not None:
+        mean = float(disagreement.array.mean())
+        right.metric("Mean disagreement of the hospitals (nats)", f"{mean:.4f}")
+    for row in nearest_of(run.synthetic_quality, volume):
+        if row["value"] is not None:
+            right.metric(frame.plain(f"Nearest public phantom: {row['measure']}"), f"{row['value']:.3g}")
+
+
+def _quality(run: RunFolder) -> None:
+    st.subheader("How good the volumes are")
+    if run.synthetic_quality is None:
+        st.info(frame.plain(run.why("synthetic_quality")))
+        return
+    rows = quality_rows(run.synthetic_quality)
+    if not rows:
+        st.info("The file of measures holds no number.")
+        return
+    st.dataframe(
+        rows,
+        hide_index=True,
+        column_config={"value": st.column_config.NumberColumn(format="%.4g")},
+        alt="Measures of the quality of the synthetic volumes",
+    )
+    notice = run.synthetic_quality.get("notice")
+    if isinstance(notice, str):
+        st.caption(frame.plain(notice))
 
 
 def _progress(run: RunFolder) -> None:
@@ -65,16 +105,21 @@ def _progress(run: RunFolder) -> None:
     if rows.empty:
         st.info(frame.plain(run.why("history") or "the run kept no history"))
         return
-    quantities = list(dict.fromkeys(rows["quantity"]))
     columns = st.columns(3)
-    for number, quantity in enumerate(quantities):
+    for number, quantity in enumerate(dict.fromkeys(rows["quantity"])):
+        of_one = rows[rows["quantity"] == quantity]
+        split = of_one["hospital"].nunique() > 1
+        colour = alt.Color("hospital:N", scale=alt.Scale(range=COLOURS)) if split else alt.value(COLOURS[0])
         columns[number % 3].altair_chart(
-            alt.Chart(rows[rows["quantity"] == quantity])
-            .mark_line(color="#0072B2")
+            alt.Chart(of_one)
+            .mark_line()
             .encode(
-                x="round:Q", y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)), tooltip=["round", "value"]
+                x="round:Q",
+                y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
+                color=colour,
+                tooltip=list(rows.columns),
             )
-            .properties(height=160, title=quantity),
+            .properties(height=180, title=quantity),
             alt=f"{quantity} over the rounds",
         )
 

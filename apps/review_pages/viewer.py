@@ -1,18 +1,28 @@
-"""Three linked slices with overlays, drawn on the server; only this part is drawn again when a slice is turned."""
+"""Three linked slices with overlays; only this part is drawn again when a slice is turned.
+
+Pictures are drawn on the server, and turned by sliders, arrow keys or a click on one of them. On request the browser
+draws the three planes itself, at the same place and with the same overlay.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
-from fediod_med.review.overlays import DIFFERENCE_PALETTE, REGION_PALETTE
-from fediod_med.review.slices import AXIS, PLANES, Plane, View, place, slice_picture, tri_planar
+from fediod_med.review.interactive import cut_of, message
+from fediod_med.review.overlays import DIFFERENCE_PALETTE, REGION_PALETTE, Overlay
+from fediod_med.review.slices import AXIS, PLANES, Picture, Plane, View, place, slice_picture, tri_planar
 from fediod_med.review.viewing import fitting, overlay_of, point_of, slices_at, start_point
-from fediod_med.review.volumes import LoadedVolume, focus_mm
-from review_pages import frame
+from fediod_med.review.volumes import LoadedVolume, Point, focus_mm
+from review_pages import browser_parts, frame
 
 NONE = "none"
+BESIDE = 4
+"""Pictures in a row, side by side."""
 
 
 def show(
@@ -21,6 +31,7 @@ def show(
     load: Callable[[str], LoadedVolume],
     maps: Mapping[str, LoadedVolume],
     *,
+    companions: Mapping[str, Callable[[str], LoadedVolume]] | None = None,
     synthetic: bool = False,
     pixels: int = 440,
 ) -> None:
@@ -31,11 +42,12 @@ def show(
         sequences: names offered.
         load: gives the image of a name.
         maps: label maps by name; the first is drawn at first.
+        companions: further images by name, drawn side by side with the label maps; each is given the sequence's name.
         synthetic: marks the pixels as synthetic.
         pixels: longest side of a slice.
     """
     with frame.refusing():
-        _viewer(key, sequences, load, maps, synthetic, pixels)
+        _viewer(key, sequences, load, maps, companions or {}, synthetic, pixels)
 
 
 @st.fragment
@@ -44,6 +56,7 @@ def _viewer(
     sequences: Sequence[str],
     load: Callable[[str], LoadedVolume],
     maps: Mapping[str, LoadedVolume],
+    companions: Mapping[str, Callable[[str], LoadedVolume]],
     synthetic: bool,
     pixels: int,
 ) -> None:
@@ -61,11 +74,12 @@ def _viewer(
             "Regions", list(REGION_PALETTE), default=list(REGION_PALETTE), selection_mode="multi", key=f"{key}-shown"
         )
         opacity = first.slider("Opacity", 0.0, 1.0, 0.5, 0.05, key=f"{key}-opacity", width=160)
-        tools = st.columns(2)
+        tools = st.columns([2, 2, 1], vertical_alignment="bottom")
         drawn = tools[0].selectbox("Overlay", [*names, NONE], key=f"{key}-map") if names else NONE
         rest = [name for name in names if name != drawn]
         against = tools[1].selectbox("Difference to", [NONE, *rest], key=f"{key}-against") if rest else NONE
-        row = st.columns(3)
+        in_browser = _offer(key, tools[2])
+        planes = st.container(key=f"planes-{_slug(key)}")
         state = _states(key, image, fit)
         place_of = point_of(image, {plane: st.session_state[name] for plane, name in state.items()})
         view = _view(key, image, float(opacity), synthetic, pixels)
@@ -75,12 +89,10 @@ def _viewer(
             against=None if against == NONE else against,
             shown=shown,
         )
-        pictures = tri_planar(image, place_of, overlay=overlay, view=view)
-        for column, plane in zip(row, PLANES, strict=True):
-            picture = pictures[plane]
-            column.image(picture.png, alt=picture.alt, width="content", output_format="PNG")
-            last = max(image.shape[AXIS[plane]] - 1, 1)
-            column.slider(f"{plane.capitalize()} slice", 0, last, key=state[plane])
+        if in_browser:
+            with planes:
+                _interactive(key, image, overlay, view, place_of, state)
+        _slices(key, planes, image, overlay, view, place_of, state, drawn=not in_browser)
         if fit:
             first_map = next(iter(fit))
             st.button(
@@ -90,8 +102,79 @@ def _viewer(
                 key=f"{key}-largest",
             )
         _legend(against != NONE, synthetic, view, place_of)
-        if len(names) > 1:
-            _side_by_side(key, image, fit, place_of, view, shown)
+        if len(names) > 1 or companions:
+            beside = {name: give(sequence or sequences[0]) for name, give in companions.items()}
+            _side_by_side(key, image, fit, beside, place_of, view, shown)
+
+
+def _slices(
+    key: str,
+    planes: DeltaGenerator,
+    image: LoadedVolume,
+    overlay: Overlay | None,
+    view: View,
+    mm: Point,
+    state: Mapping[Plane, str],
+    *,
+    drawn: bool,
+) -> None:
+    """Pictures of the three planes, unless the browser draws them, and a slider below each."""
+    pictures = tri_planar(image, mm, overlay=overlay, view=view) if drawn else {}
+    for column, plane in zip(planes.columns(3), PLANES, strict=True):
+        if plane in pictures:
+            column.image(pictures[plane].png, alt=pictures[plane].alt, width="content", output_format="PNG")
+        last = max(image.shape[AXIS[plane]] - 1, 1)
+        column.slider(f"{plane.capitalize()} slice", 0, last, key=state[plane])
+    if drawn:
+        with planes:
+            browser_parts.listen(
+                f"{key}-clicks", f"planes-{_slug(key)}", lambda number, x, y: _clicked(pictures, state, number, x, y)
+            )
+
+
+def _clicked(pictures: Mapping[Plane, Picture], state: Mapping[Plane, str], number: int, x: float, y: float) -> None:
+    """Move the crosshair to the pixel of a picture; the strip with the notice below a slice is not part of it."""
+    picture = pictures[PLANES[number]]
+    if 0 <= x <= picture.size[0] and 0 <= y <= picture.size[1]:
+        for plane, slice_number in slices_at(picture.volume, picture.mm_at(x, y)).items():
+            st.session_state[state[plane]] = slice_number
+
+
+def _interactive(
+    key: str, image: LoadedVolume, overlay: Overlay | None, view: View, mm: Point, state: Mapping[Plane, str]
+) -> None:
+    cut = cut_of(image)
+    content = message(image, cut, image.voxel_of(mm), overlay=overlay, view=view, cache=frame.parts())
+
+    def moved(voxel: Sequence[int]) -> None:
+        whole = cut.whole(voxel)
+        for plane, name in state.items():
+            st.session_state[name] = whole[AXIS[plane]]
+
+    browser_parts.interactive(f"{key}-interactive", content, moved, _unable)
+
+
+def _unable(reason: str) -> None:
+    st.session_state["viewer-unable"] = reason
+
+
+def _offer(key: str, place: DeltaGenerator) -> bool:
+    """Whether the reader wants the interactive viewer, and the browser has not said that it cannot draw it."""
+    unable = st.session_state.get("viewer-unable")
+    chosen = place.toggle(
+        "Interactive",
+        key=f"{key}-in-browser",
+        disabled=unable is not None,
+        help="Drawn by the browser (WebGL2): drag the crosshair, wheel for slices, right button to pan.",
+    )
+    if unable is not None:
+        st.info(f"Pictures are shown; the interactive viewer is not available here: {frame.plain(unable)}.")
+    return bool(chosen) and unable is None
+
+
+def _slug(key: str) -> str:
+    """The key as Streamlit writes it into a class, which keeps letters, digits, `-` and `_` only."""
+    return re.sub(r"[^a-zA-Z0-9_-]", "-", key.strip())
 
 
 def _view(key: str, image: LoadedVolume, opacity: float, synthetic: bool, pixels: int) -> View:
@@ -157,14 +240,23 @@ def _side_by_side(
     key: str,
     image: LoadedVolume,
     maps: Mapping[str, LoadedVolume],
-    mm: tuple[float, float, float],
+    companions: Mapping[str, LoadedVolume],
+    mm: Point,
     view: View,
     shown: Sequence[str],
 ) -> None:
     if not st.toggle("Side by side", key=f"{key}-beside"):
         return
     plane = st.segmented_control("Plane", PLANES, default="axial", key=f"{key}-plane", required=True) or "axial"
-    for column, (name, labels) in zip(st.columns(len(maps)), maps.items(), strict=True):
-        picture = slice_picture(image, plane, mm, overlay=overlay_of({name: labels}, name, shown=shown), view=view)
-        column.markdown(f"**{frame.plain(name)}**")
-        column.image(picture.png, alt=f"{name}: {picture.alt}", width="content", output_format="PNG")
+    pictures = {
+        name: slice_picture(image, plane, mm, overlay=overlay_of({name: labels}, name, shown=shown), view=view)
+        for name, labels in maps.items()
+    }
+    for name, other in companions.items():
+        own = replace(view, window=None, synthetic=view.synthetic and not name.startswith("public"))
+        pictures[name] = slice_picture(other, plane, mm, view=own)
+    told = list(pictures.items())
+    for start in range(0, len(told), BESIDE):
+        for column, (name, picture) in zip(st.columns(BESIDE), told[start : start + BESIDE], strict=False):
+            column.markdown(f"**{frame.plain(name)}**")
+            column.image(picture.png, alt=f"{name}: {picture.alt}", width="content", output_format="PNG")

@@ -58,10 +58,16 @@ class Overlay:
 
     def drawn(self, axis: int, index: int) -> np.ndarray:
         """Values of the drawn map on slice `index` along `axis`, 2-D uint8, in the order of the remaining axes."""
-        first = self.labels.cut(axis, index)
+        along: list[slice | int] = [slice(None)] * 3
+        along[axis] = index
+        return self.drawn_in(tuple(along))
+
+    def drawn_in(self, where: tuple[slice | int, ...]) -> np.ndarray:
+        """Values of the drawn map in a part of its grid, uint8; `where` is an index of its array."""
+        first = self.labels.array[where]
         if self.other is None:
             return np.asarray(first, dtype=np.uint8)
-        return difference_map(first, self.other.cut(axis, index), members=self.members)
+        return difference_map(first, self.other.array[where], members=self.members)
 
 
 def class_overlay(labels: LoadedVolume, shown: Sequence[str] = CLASSES[1:]) -> Overlay:

@@ -13,12 +13,10 @@ from typing import Any, TypeVar
 from fediod_med.errors import InputError
 from fediod_med.labels import REGIONS
 from fediod_med.review.roots import lies_in, read_json
+from fediod_med.review.synthetic_folder import SyntheticVolume, synthetic_quality, synthetic_volumes
 
 _Part = TypeVar("_Part")
 _PRIVATE_MODES = ("dp-sgd", "gradient")
-_NIFTI = ".nii.gz"
-_ROUND = re.compile(r"round[-_]?(\d+)")
-_LABELS, _TEACHER = "_labels", "_teacher-"
 
 
 @dataclass(frozen=True)
@@ -74,27 +72,6 @@ class CaseScore:
 
 
 @dataclass(frozen=True)
-class SyntheticVolume:
-    """One volume that the generator made.
-
-    Attributes:
-        name: file name without ending.
-        path: `(x, y, z, 4)` NIfTI, sequences in the usual order.
-        round: when it was made; none for those of the end of the run.
-        label_map: `<name>_labels.nii.gz`, the class map (0 to 3) that it was made from.
-        answers: class map by site, from `<name>_teacher-<site>.nii.gz`; empty where the run kept none.
-        others: further class maps, such as `student` and `ensemble`, from `<name>_<what>.nii.gz`.
-    """
-
-    name: str
-    path: Path
-    round: int | None
-    label_map: Path | None
-    answers: Mapping[str, Path]
-    others: Mapping[str, Path]
-
-
-@dataclass(frozen=True)
 class RunFolder:
     """Everything small of a run; ledgers are read by `ledger_timeline`.
 
@@ -109,6 +86,7 @@ class RunFolder:
         privacy: per hospital.
         history: one mapping per round.
         synthetic: volumes of the generator, those of a round first.
+        synthetic_quality: `synthetic/quality.json`, how good they are as a set.
         figures: PNG by name.
         scores: per case.
         audit: `audit/audit.json`.
@@ -126,6 +104,7 @@ class RunFolder:
     privacy: tuple[SitePrivacy, ...] | None
     history: tuple[Mapping[str, Any], ...] | None
     synthetic: tuple[SyntheticVolume, ...] | None
+    synthetic_quality: Mapping[str, Any] | None
     figures: Mapping[str, Path] | None
     scores: tuple[CaseScore, ...] | None
     audit: Mapping[str, Any] | None
@@ -169,7 +148,8 @@ def read_run(folder: Path) -> RunFolder:
         sites=tuple(terms.site for terms in privacy or ()),
         privacy=privacy,
         history=part("history", lambda: _rounds(read_json(folder / "history.json", within=folder))),
-        synthetic=part("synthetic", lambda: _synthetic(folder / "synthetic")),
+        synthetic=part("synthetic", lambda: synthetic_volumes(folder / "synthetic")),
+        synthetic_quality=part("synthetic_quality", lambda: synthetic_quality(folder / "synthetic")),
         figures=part("figures", lambda: _figures(folder / "figures", "no figures were drawn")),
         scores=part("scores", lambda: _scores(folder / "scores", summary)),
         audit=part("audit", lambda: _mapping(_audit(folder), "audit.json")),
@@ -260,31 +240,6 @@ def _rows(content: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
 
 def _rounds(content: Any) -> tuple[Mapping[str, Any], ...]:
     return tuple(_mapping(entry, "history.json") for entry in _mapping(content, "history.json")["rounds"])
-
-
-def _synthetic(folder: Path) -> tuple[SyntheticVolume, ...]:
-    files = {path: path.name.removesuffix(_NIFTI) for path in sorted(folder.rglob(f"*{_NIFTI}"))}
-    files = {path: name for path, name in files.items() if not name.startswith(".") and lies_in(path, folder)}
-    volumes = []
-    for path, name in files.items():
-        beside = {p: n.removeprefix(name) for p, n in files.items() if p.parent == path.parent and p != path}
-        if any(name.startswith(f"{other}_") for p, other in files.items() if p.parent == path.parent and p != path):
-            continue  # belongs to another file
-        extra = {rest: p for p, rest in beside.items() if rest.startswith("_")}
-        found = _ROUND.search(path.relative_to(folder).as_posix())
-        volumes.append(
-            SyntheticVolume(
-                name=name,
-                path=path,
-                round=int(found[1]) if found else None,
-                label_map=extra.pop(_LABELS, None),
-                answers={k.removeprefix(_TEACHER): p for k, p in sorted(extra.items()) if k.startswith(_TEACHER)},
-                others={k[1:]: p for k, p in sorted(extra.items()) if not k.startswith(_TEACHER)},
-            )
-        )
-    if not volumes:
-        raise InputError("synthetic: the run kept no synthetic volume")
-    return tuple(sorted(volumes, key=lambda v: (v.round is None, v.round or 0, v.name)))
 
 
 def _figures(folder: Path, otherwise: str) -> Mapping[str, Path]:

@@ -83,6 +83,7 @@ class Picture:
         slices: how many there are.
         mm: world position of the crosshair, moved to the slice's voxel centre.
         size: width and height in pixels of the slice, without the strip below it.
+        volume: that was cut.
     """
 
     png: bytes
@@ -92,7 +93,7 @@ class Picture:
     slices: int
     mm: Point
     size: tuple[int, int]
-    _volume: LoadedVolume = field(repr=False, compare=False)
+    volume: LoadedVolume = field(repr=False, compare=False)
     _radiological: bool = field(repr=False, compare=False)
 
     def mm_at(self, x: float, y: float) -> Point:
@@ -102,9 +103,9 @@ class Picture:
         along = x / wide if not _flipped(self.plane, self._radiological) else 1 - x / wide
         index = [0.0, 0.0, 0.0]
         index[AXIS[self.plane]] = self.index
-        index[across] = min(max(along, 0.0), 1.0) * self._volume.shape[across] - 0.5
-        index[down] = (1 - min(max(y / high, 0.0), 1.0)) * self._volume.shape[down] - 0.5
-        return self._volume.mm_of((index[0], index[1], index[2]))
+        index[across] = min(max(along, 0.0), 1.0) * self.volume.shape[across] - 0.5
+        index[down] = (1 - min(max(y / high, 0.0), 1.0)) * self.volume.shape[down] - 0.5
+        return self.volume.mm_of((index[0], index[1], index[2]))
 
 
 def tri_planar(
@@ -136,7 +137,7 @@ def slice_picture(
     voxel = image.voxel_of(mm)
     axis, index = AXIS[plane], voxel[AXIS[plane]]
     size = _size(image, plane, view.pixels)
-    grey = _grey(image.cut(axis, index), view.window or image.window)
+    grey = windowed(image.cut(axis, index), view.window or image.window)
     scaled = _turned(grey, plane, view.radiological).resize(size, Image.Resampling.BILINEAR)
     pixels = np.repeat(np.asarray(scaled)[:, :, None], 3, axis=2)
     areas: dict[str, float] = {}
@@ -166,7 +167,7 @@ def slice_picture(
         image.shape[axis],
         at,
         size,
-        _volume=image,
+        volume=image,
         _radiological=view.radiological,
     )
 
@@ -229,7 +230,8 @@ def _size(image: LoadedVolume, plane: Plane, pixels: int) -> tuple[int, int]:
     return max(1, round(extent[across] * scale)), max(1, round(extent[up] * scale))
 
 
-def _grey(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+def windowed(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Grey values as shades, uint8 of the same shape; exact zeros, and what lies below the window, are black."""
     low, high = window
     # outside the brain is black, for z-scores too
     shade = np.where(values == 0, 0.0, (values - low) * (255.0 / (high - low)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,13 +85,22 @@ def privacy_rows(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def progress_rows(run: RunFolder) -> list[dict[str, Any]]:
-    """One row per round and quantity that the round has, for a chart."""
-    return [
-        {"round": entry.get("round", number + 1), "quantity": words, "value": float(entry[name])}
-        for number, entry in enumerate(run.history or ())
-        for name, words in PROGRESS.items()
-        if isinstance(entry.get(name), int | float)
-    ]
+    """One row per round and quantity that the round has, for a chart; per hospital where the round tells it."""
+    rows = []
+    for number, entry in enumerate(run.history or ()):
+        at = entry.get("round", number + 1)
+        for name, words in PROGRESS.items():
+            if _is_number(entry.get(name)):
+                rows.append({"round": at, "quantity": words, "hospital": "all", "value": float(entry[name])})
+        for name, found in entry.items():
+            if isinstance(found, Mapping):
+                words = f"{PROGRESS.get(name.split('_')[0], name)} by hospital"
+                rows += [
+                    {"round": at, "quantity": words, "hospital": str(site), "value": float(value)}
+                    for site, value in found.items()
+                    if _is_number(value)
+                ]
+    return rows
 
 
 def score_rows(scores: Sequence[CaseScore], region: str) -> list[dict[str, Any]]:
@@ -124,6 +134,10 @@ def volume_rows(volumes: Mapping[str, float], other: Mapping[str, float] | None 
             row |= {"reference ml": round(float(other[name]), 2), "difference ml": round(float(value - other[name]), 2)}
         rows.append(row)
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _object(value: Any) -> Mapping[str, Any]:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fediod_med.errors import SettingsError
+from fediod_med.errors import InputError, SettingsError
 from fediod_med.labels import CLASSES, REGION_CLASSES, SEQUENCES, get_scheme
 from fediod_med.review.case_folder import Case
-from fediod_med.review.overlays import Overlay, class_overlay, difference_overlay, region_overlay
-from fediod_med.review.run_folder import SyntheticVolume
+from fediod_med.review.overlays import Overlay, class_overlay, difference_overlay, region_overlay, vote_entropy
 from fediod_med.review.slices import AXIS, PLANES, Plane
+from fediod_med.review.synthetic_folder import SyntheticVolume
 from fediod_med.review.volumes import LoadedVolume, Point, VolumeCache, focus_mm, same_grid
 
 
@@ -51,6 +51,27 @@ def synthetic_maps(volume: SyntheticVolume, cache: VolumeCache) -> dict[str, Loa
         **volume.others,
     }
     return {name: cache.classes(path, plain, name=name) for name, path in files.items()}
+
+
+def synthetic_phantom(volume: SyntheticVolume, cache: VolumeCache, sequence: str) -> LoadedVolume:
+    """One sequence of the public phantom that a synthetic volume started from.
+
+    Raises:
+        InputError: the run kept none, or it cannot be read.
+    """
+    if volume.phantom is None:
+        raise InputError(f"{volume.key}: the run kept no phantom of this volume")
+    return cache.image(volume.phantom, channel=SEQUENCES.index(sequence), name=f"public phantom {sequence}")
+
+
+def synthetic_disagreement(volume: SyntheticVolume, cache: VolumeCache) -> LoadedVolume | None:
+    """Where the hospitals' answers disagree: entropy of their votes in nats; none with fewer than two answers."""
+    if len(volume.answers) < 2:
+        return None
+    maps = synthetic_maps(volume, cache)
+    answers = [maps[f"teacher {site}"] for site in volume.answers]
+    name = "disagreement of the hospitals"
+    return cache.made(tuple(volume.answers.values()), name, lambda: vote_entropy(answers, name=name))
 
 
 def start_point(image: LoadedVolume, maps: Mapping[str, LoadedVolume]) -> Point:

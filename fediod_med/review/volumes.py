@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,11 @@ class VolumeCache:
         """A label map; see `load_classes`."""
         return self._get(path, ("classes", scheme.name, name), lambda: load_classes(path, scheme, name=name))
 
+    def made(self, paths: Sequence[Path], how: str, make: Callable[[], LoadedVolume]) -> LoadedVolume:
+        """What `make` computes from several files, kept until one of them changes."""
+        states = tuple(part for path in paths for part in self._state(path))
+        return self._kept((*states, "made", how), make)
+
     @property
     def held_bytes(self) -> int:
         """Size of all voxels that are held."""
@@ -119,11 +124,16 @@ class VolumeCache:
             return sum(volume.array.nbytes for volume in self._volumes.values())
 
     def _get(self, path: Path, how: tuple[Any, ...], load: Callable[[], LoadedVolume]) -> LoadedVolume:
+        return self._kept((*self._state(path), *how), load)
+
+    def _state(self, path: Path) -> tuple[Any, ...]:
         try:
             state = path.stat()
         except OSError as error:
             raise InputError(f"{path.name}: expected a volume to show, could not read it ({error.strerror})") from error
-        key = (str(path), state.st_mtime_ns, state.st_size, *how)
+        return str(path), state.st_mtime_ns, state.st_size
+
+    def _kept(self, key: tuple[Any, ...], load: Callable[[], LoadedVolume]) -> LoadedVolume:
         with self._lock:
             if key in self._volumes:
                 self._volumes.move_to_end(key)
