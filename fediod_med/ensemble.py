@@ -15,27 +15,34 @@ from fediod_med.losses import entropy_map
 REALISM_FLOOR = 0.05  # a saturated discriminator may not silence a hospital
 
 
-def class_ratio_weights(counts: Tensor) -> Tensor:
+def class_ratio_weights(counts: Tensor, *, dense: bool = True) -> Tensor:
     """`w_k^c = n_k^c / sum_j n_j^c`: each hospital's share of the patients that show class c.
 
     Args:
         counts: `(K, C)` patients with class c at hospital k, non-negative (noised counts are clamped at 0).
+        dense: as in `site_shares`.
 
     Returns:
-        `(K, C)`, columns sum to 1. A class that no hospital has seen is shared like the first class (all patients),
-        and equally where even that column is empty (noise may leave nothing).
+        `(K, C)`, columns sum to 1. A class that no hospital has seen is shared like the patients.
     """
     counts = counts.clamp_min(0).float()
     totals = counts.sum(dim=0)
-    known = totals > 1e-6
     shares = counts / totals.clamp_min(1e-6)
-    patients = shares[:, :1] if known[0] else torch.full_like(shares[:, :1], 1 / len(shares))
-    return torch.where(known, shares, patients.expand_as(shares))
+    return torch.where(totals > 1e-6, shares, site_shares(counts, dense=dense)[:, None])
 
 
-def site_shares(counts: Tensor) -> Tensor:
-    """`pi_k = n_k / sum_j n_j`, `(K,)`, from the first (background) column of `(K, C)` counts: every patient has it."""
-    return class_ratio_weights(counts)[:, 0]
+def site_shares(counts: Tensor, *, dense: bool = True) -> Tensor:
+    """`pi_k = n_k / sum_j n_j`, `(K,)`, from `(K, C)` counts; equal where noise left no patient at all.
+
+    Args:
+        counts: `(K, C)`.
+        dense: every patient shows the first class (background), so its column counts patients; otherwise each patient
+            shows one class, and patients are the sum over classes.
+    """
+    counts = counts.clamp_min(0).float()
+    patients = counts[:, 0] if dense else counts.sum(dim=1)
+    total = patients.sum()
+    return patients / total if total > 1e-6 else torch.full_like(patients, 1 / len(patients))
 
 
 def realism_confidence(realism: Tensor) -> Tensor:
@@ -88,7 +95,7 @@ def merge(
     """Ensemble `q^c ∝ sum_k w_k^c [c_k^c] [sigmoid(D_k)] [exp(-H_k / tau)] p_k^c`, renormalised over classes.
 
     Args:
-        probs: `(K, B, C, ...)`.
+        probs: `(K, B, C, ...)`; without voxels, `(K, B, C)`, a patient shows one class.
         counts: `(K, C)`, see `class_ratio_weights`.
         realism: `(K, B)` mean patch logits; omitted: no discriminator confidence.
         entropy_temperature: tau in nats; omitted: no voxel confidence.
@@ -98,7 +105,7 @@ def merge(
         `(B, C, ...)`, summing to 1 over classes.
     """
     spatial = [1] * (probs.dim() - 3)
-    by_class = class_ratio_weights(counts).to(probs)
+    by_class = class_ratio_weights(counts, dense=probs.dim() > 3).to(probs)
     if competence is not None:
         by_class = by_class * competence.to(probs)
     weights = by_class.view(probs.shape[0], 1, probs.shape[2], *spatial)

@@ -1,4 +1,4 @@
-"""Builders of the networks: segmenters (teacher and student backbones), generator, patch discriminator.
+"""Builders of the networks: segmenters (teacher and student backbones), classifier, generator, patch discriminator.
 
 All are thin settings over MONAI. Sizes and channel counts are arguments; nothing here knows a site or a file.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from monai.networks.layers import Norm
-from monai.networks.nets import DynUNet, SegResNet, UNet
+from monai.networks.nets import Classifier, DynUNet, SegResNet, UNet
 from monai.networks.nets import Generator as LatentGenerator
 from monai.networks.nets import PatchDiscriminator as MonaiPatchDiscriminator
 from monai.networks.nets.spade_network import SPADENetResBlock
@@ -82,6 +82,34 @@ def build_segmenter(
     raise SettingsError(f"network: expected backbone {', '.join(BACKBONES)}, found {backbone!r}")
 
 
+def build_classifier(in_shape: Sequence[int], classes: int, *, width: int = 16, levels: int = 3) -> nn.Module:
+    """Build a small convolutional classifier, `(B, *in_shape)` to logits `(B, classes)`; any number of spatial axes.
+
+    Args:
+        in_shape: channels and edges of an image, `(S, H, W)` or `(S, D, H, W)`.
+        classes: exclusive classes.
+        width: channels at full resolution, a multiple of 4; they double at each level.
+        levels: convolutional layers; each but the first halves the edges. Group norm: batch norm would mix patients.
+
+    Raises:
+        SettingsError: sizes that the network cannot have.
+    """
+    smallest = min(in_shape[1:], default=0)
+    if width < 4 or width % 4 or levels < 1 or smallest < 2 ** (levels - 1) or classes < 2:
+        raise SettingsError(
+            f"classifier: expected a width divisible by 4, 2 classes or more and edges of at least 2^(levels - 1), "
+            f"found width {width}, {classes} classes, {levels} levels, images {tuple(in_shape)}"
+        )
+    return Classifier(
+        in_shape=tuple(in_shape),
+        classes=classes,
+        channels=[width * 2**level for level in range(levels)],
+        strides=[1, *[2] * (levels - 1)],
+        num_res_units=2,
+        norm=("GROUP", {"num_groups": 4}),
+    )
+
+
 class Generator(nn.Module):
     """Volumetric generator `x = G(z, m)`: synthetic four-sequence MRI from noise and, unless unconditional, labels.
 
@@ -91,35 +119,50 @@ class Generator(nn.Module):
     its neighbourhood. With `base` omitted the volume comes from labels and noise alone, unbounded. Voxels outside the
     brain stay exactly zero.
 
-    `unconditional`: the paper's setting, noise alone. Brain extent is a learned soft gate.
+    `unconditional`: the paper's setting, noise alone. Brain extent is a learned soft gate. Images as well as volumes.
 
     Args:
         mode: `conditional` or `unconditional`.
-        size: edge of the cube (voxels); the unconditional generator needs a multiple of 8.
+        size: edge of the cube (voxels); the unconditional generator needs a multiple of `2 ** doublings`.
         width: channels at full resolution.
         latent: length of the noise vector.
         labels: number of label channels (conditional).
         sequences: output channels.
+        spatial_dims: axes of what it makes, 2 or 3 (unconditional; a conditional one makes volumes).
+        doublings: how often the unconditional generator doubles its edges, from `size / 2 ** doublings`.
     """
 
     def __init__(
-        self, mode: str, *, size: int, width: int = 8, latent: int = 32, labels: int = 7, sequences: int = 4
+        self,
+        mode: str,
+        *,
+        size: int,
+        width: int = 8,
+        latent: int = 32,
+        labels: int = 7,
+        sequences: int = 4,
+        spatial_dims: int = 3,
+        doublings: int = 3,
     ) -> None:
         super().__init__()
         if mode not in ("conditional", "unconditional"):
             raise SettingsError(f"generator: expected mode conditional or unconditional, found {mode!r}")
+        if spatial_dims not in (2, 3) or (mode == "conditional" and spatial_dims != 3):
+            raise SettingsError(f"generator: expected 3 axes, or 2 when unconditional, found {spatial_dims} ({mode})")
         self.mode = mode
         self.latent = latent
         self.sequences = sequences
         if mode == "unconditional":
-            if size % 8:
-                raise SettingsError(f"generator: the unconditional mode needs a size divisible by 8, found {size}")
-            start = size // 8
+            factor = 2**doublings
+            if doublings < 1 or size % factor:
+                raise SettingsError(
+                    f"generator: the unconditional mode needs a size divisible by {factor}, found {size}"
+                )
             self.body = LatentGenerator(
                 latent_shape=(latent,),
-                start_shape=(8 * width, start, start, start),
-                channels=(4 * width, 2 * width, width, sequences + 1),
-                strides=(2, 2, 2, 1),
+                start_shape=(factor * width, *[size // factor] * spatial_dims),
+                channels=(*[width * 2**level for level in reversed(range(doublings))], sequences + 1),
+                strides=(*[2] * doublings, 1),
                 num_res_units=1,
             )
             return
@@ -182,7 +225,7 @@ def _spade_block(in_channels: int, out_channels: int, labels: int) -> nn.Module:
 
 
 class PatchDiscriminator(nn.Module):
-    """One hospital's judge of realism: `(B, sequences, D, H, W)` to patch logits `(B, 1, d, h, w)`.
+    """One hospital's judge of realism: `(B, sequences, D, H, W)` to patch logits `(B, 1, d, h, w)`; images likewise.
 
     MONAI's patch discriminator (Isola et al. 2017) with instance or group norm; batch norm would mix patients.
 
@@ -191,15 +234,18 @@ class PatchDiscriminator(nn.Module):
         width: channels of the first layer.
         layers: strided layers; the field of view is 16, 34 or 70 voxels for 1, 2 or 3.
         norm: `INSTANCE` or `GROUP` (one group).
+        spatial_dims: axes of what it judges, 2 or 3.
     """
 
-    def __init__(self, *, sequences: int = 4, width: int = 16, layers: int = 2, norm: str = "INSTANCE") -> None:
+    def __init__(
+        self, *, sequences: int = 4, width: int = 16, layers: int = 2, norm: str = "INSTANCE", spatial_dims: int = 3
+    ) -> None:
         super().__init__()
         if norm not in NORMS:
             raise SettingsError(f"discriminator: expected norm {' or '.join(NORMS)}, found {norm!r}")
         named: str | tuple[str, dict[str, int]] = norm if norm == "INSTANCE" else ("GROUP", {"num_groups": 1})
         self.body = MonaiPatchDiscriminator(
-            spatial_dims=3, channels=width, in_channels=sequences, num_layers_d=layers, norm=named
+            spatial_dims=spatial_dims, channels=width, in_channels=sequences, num_layers_d=layers, norm=named
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,7 +255,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """One-hot `(B, classes, D, H, W)` float from an integer map `(B, D, H, W)`."""
+    """One-hot `(B, classes, ...)` float from integers `(B, ...)`."""
     return nn.functional.one_hot(labels.long(), classes).movedim(-1, 1).float()
 
 

@@ -58,15 +58,10 @@ def judgement(discriminator: PatchDiscriminator, x: Tensor, criterion: str) -> d
     return {"realism": logits.detach().flatten(1).mean(dim=1), "x_gradient": gradient}
 
 
-def random_patch(size: Sequence[int]) -> Compose:
-    """Transform `(4, D, H, W)` of any size to a random, randomly flipped patch `(4, *size)`."""
-    return Compose(
-        [
-            SpatialPad(size),
-            RandSpatialCrop(size, random_size=False),
-            *[RandFlip(prob=0.5, spatial_axis=axis) for axis in range(3)],
-        ]
-    )
+def random_patch(size: Sequence[int], *, mirrored: bool = True) -> Compose:
+    """Transform `(S, D, H, W)` or `(S, H, W)` of any size to a random patch `(S, *size)`, flipped where `mirrored`."""
+    flips = [RandFlip(prob=0.5, spatial_axis=axis) for axis in range(len(size))] if mirrored else []
+    return Compose([SpatialPad(size), RandSpatialCrop(size, random_size=False), *flips])
 
 
 class PlainCritic:
@@ -86,6 +81,9 @@ class PlainCritic:
         learning_rate: of Adam (betas .5, .999 as in the published code).
         joins_late: whether a hospital without any state of a run may take part in it from a later round on, with a
             fresh discriminator.
+        sequences: channels of a scan.
+        spatial_dims: its axes, 3 for volumes, 2 for images.
+        mirrored: whether a scan seen in a mirror is as real; not so for handwriting.
     """
 
     permits: tuple[str, ...] = ()
@@ -105,8 +103,12 @@ class PlainCritic:
         criterion: str = "hinge",
         learning_rate: float = 2e-4,
         joins_late: bool = False,
+        sequences: int = 4,
+        spatial_dims: int = 3,
+        mirrored: bool = True,
     ) -> None:
         self._joins_late = joins_late
+        self._mirrored = mirrored
         self._name = name
         self._volumes = tuple(volumes)
         self._state_dir = state_dir
@@ -116,7 +118,9 @@ class PlainCritic:
         self._criterion = criterion
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            self.discriminator = PatchDiscriminator(width=width, layers=layers, norm=norm).to(device)
+            self.discriminator = PatchDiscriminator(
+                sequences=sequences, width=width, layers=layers, norm=norm, spatial_dims=spatial_dims
+            ).to(device)
         self._optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.999))
         self._run_id: str | None = None
         self._round = 0
@@ -142,8 +146,8 @@ class PlainCritic:
         return judged
 
     def real_batch(self, size: Sequence[int], number: int) -> Tensor:
-        """Random patches `(batch, 4, *size)` of the hospital's scans; fixed by the round."""
-        draw = random_patch(size)
+        """Random patches `(batch, S, *size)` of the hospital's scans; fixed by the round."""
+        draw = random_patch(size, mirrored=self._mirrored)
         draw.set_random_state(seed=(self._seed * 1_000_003 + number) % 2**32)
         generator = torch.Generator().manual_seed((self._seed * 7_368_787 + number) % 2**63)
         chosen = torch.randint(len(self._volumes), (self._batch,), generator=generator).tolist()

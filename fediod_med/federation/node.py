@@ -45,12 +45,14 @@ class SiteNode:
 
     Args:
         name: hospital.
-        teacher: frozen segmenter, `(B, 4, D, H, W)` to logits `(B, 4, D, H, W)`.
-        presence: `(patients, 4)`, 1 where a training patient shows a class.
+        teacher: frozen segmenter, `(B, 4, D, H, W)` to logits `(B, 4, D, H, W)`, or classifier, to logits `(B, C)`.
+        presence: `(patients, C)`, 1 where a training patient shows a class.
         critic: the hospital's discriminator; without one, adversarial queries are refused.
         gate: the hospital's privacy gate.
         permits: ledger entries that paid for the teacher; empty unless the mode is `dp-sgd`.
         device: where to compute.
+        sequences: channels of what the centre may ask about.
+        spatial_dims: its axes, 3 for volumes, 2 for images.
     """
 
     def __init__(
@@ -63,7 +65,10 @@ class SiteNode:
         gate: Gate,
         permits: tuple[str, ...] = (),
         device: torch.device,
+        sequences: int = 4,
+        spatial_dims: int = 3,
     ) -> None:
+        self._sequences, self._spatial_dims = sequences, spatial_dims
         self.name = name
         self._teacher = teacher.to(device).eval().requires_grad_(False)
         self._presence = presence
@@ -174,12 +179,15 @@ class SiteNode:
 
     def _volumes(self, query: Query) -> Tensor:
         x = query.tensors["x"].to(self._device)
-        if x.dim() != 5 or x.shape[1] != 4:
-            raise ProtocolError(f"{self.name}: expected x of shape (B, 4, D, H, W), found {tuple(x.shape)}")
+        if x.dim() != 2 + self._spatial_dims or x.shape[1] != self._sequences:
+            axes = ", ".join("DHW"[-self._spatial_dims :])
+            raise ProtocolError(
+                f"{self.name}: expected x of shape (B, {self._sequences}, {axes}), found {tuple(x.shape)}"
+            )
         return x
 
     def _ask_teacher(self, x: Tensor, query: Query) -> Tensor:
-        """Logits `(B, 4, D, H, W)` without a graph; the graph is held for the pull-back where one will come."""
+        """Logits `(B, C, ...)` without a graph; the graph is held for the pull-back where one will come."""
         differentiate = bool(query.settings.get("differentiate", False))
         with torch.set_grad_enabled(differentiate), autocast_over(x.device, x.shape[2:]):
             leaf = x.detach().requires_grad_(differentiate)
