@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import typer
 
-from fediod_med.cli import about, compare, privacy, review, scans, site, whole_runs
+from fediod_med.cli import about, compare, federation, privacy, review, scans, site, whole_runs
 from fediod_med.errors import FediodError
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 
@@ -34,6 +34,10 @@ def command_line() -> typer.Typer:
     promises = typer.Typer(no_args_is_help=True, help="What a run or a hospital promises, checked and attacked.")
     _add(promises, privacy.report, privacy.verify, privacy.audit)
     app.add_typer(promises, name="privacy")
+    engine = typer.Typer(no_args_is_help=True, help="Hospitals on machines of their own, over NVIDIA FLARE.")
+    _add(engine, federation.provision, federation.server, federation.site)
+    _add(engine, federation.submit, federation.status, federation.stop)
+    app.add_typer(engine, name="federation")
     return app
 
 
