@@ -1,5 +1,7 @@
 """The method: a generator asks, the hospitals answer, a student learns (FedIOD, arXiv 2312.14478, made volumetric).
 
+The same loop teaches a classifier on images: its teachers answer `(B, C)` where a segmenter answers `(B, C, D, H, W)`.
+
 `distill` reads like the algorithm and knows the hospitals only through `protocol.Federation`. Each round:
 
 1. x = G(z, m), m a label map from the public simulator (or x = G(z), or the phantom itself without a generator);
@@ -34,12 +36,11 @@ from fediod_med.encodings import ENCODINGS, FP16
 from fediod_med.ensemble import competence_weights, merge, public_dice, site_shares
 from fediod_med.errors import ProtocolError, SettingsError, WeightsError
 from fediod_med.losses import (
+    DIVERGENCES,
     class_balance,
     mask_cross_entropy,
     prediction_entropy,
-    released_divergence,
     soft_dice,
-    teacher_divergence,
     transfer_divergence,
 )
 from fediod_med.networks import Generator, one_hot
@@ -60,11 +61,12 @@ class GeneratorObjective:
     Attributes:
         gan: realism, `sum_k pi_k adv(D_k(x))`.
         clarity: `sum_k pi_k H(T_k(x))`.
-        unique: subtracted `JSD(T_1..T_K)`; negative makes teachers agree, as the published code does.
+        unique: subtracted divergence of the teachers; negative makes them agree, as the published code does.
         mask: `CE(q, m)`, conditional mode only.
         balance: `sum_k pi_k KL(mean T_k(x) || uniform)`, the published stand-in for `mask`.
         transfer: subtracted `KL(q || S(x))`: volumes on which the student still errs.
-        divergence: `jensen_shannon`, or `released` for the published formula.
+        divergence: of `unique`, a name in `losses.DIVERGENCES`: `jensen_shannon`, `released` (the published formula),
+            `information`, `pairwise` or `features`.
         realism_weights: whether the ensemble weighs hospitals by their discriminator's confidence.
         competence: temperature of the weights by Dice on phantoms whose truth is public; 0: no such weights.
     """
@@ -376,9 +378,9 @@ def _check(
         raise SettingsError("distillation: without a public sampler the generator must be unconditional")
     if generator is not None and not conditional and objective.mask:
         raise SettingsError("distillation: an unconditional generator has no mask; set mask=0 and balance > 0")
-    if objective.divergence not in ("jensen_shannon", "released"):
+    if objective.divergence not in DIVERGENCES:
         raise SettingsError(
-            f"distillation: expected divergence jensen_shannon or released, found {objective.divergence!r}"
+            f"distillation: expected divergence {', '.join(DIVERGENCES)}, found {objective.divergence!r}"
         )
 
 
@@ -456,7 +458,7 @@ def _learn_competence(
     """Running mean of each answering hospital's Dice on phantoms; a hospital's first answer counts in full."""
     found = public_dice(probs, public.classes.to(probs.device)).cpu()
     if state.dice is None:
-        state.dice = torch.full((everyone, CLASSES), float("nan"))
+        state.dice = torch.full((everyone, probs.shape[2]), float("nan"))
     before = state.dice[present]
     state.dice[present] = torch.where(
         before.isnan(), found, COMPETENCE_MEMORY * before + (1 - COMPETENCE_MEMORY) * found
@@ -489,20 +491,17 @@ def _generator_step(
     """
     generator, optimizer, average = state.generator, state.generator_optimizer, state.generator_average
     assert generator is not None and optimizer is not None and average is not None  # noqa: PT018
-    shares = site_shares(counts)
+    shares = site_shares(counts, dense=probs.dim() > 3)
     leaves = probs.requires_grad_(True)
     leaf_x = x.detach().requires_grad_(True)
     q = weigh(leaves)
 
     terms = {"clarity": (shares * torch.stack([prediction_entropy(p) for p in leaves])).sum()}
-    if objective.divergence == "released":
-        terms["unique"] = released_divergence(leaves)
-    else:
-        terms["unique"] = teacher_divergence(leaves, shares)
+    terms["unique"] = DIVERGENCES[objective.divergence](leaves, shares)
     if objective.mask and public is not None:
         terms["mask"] = mask_cross_entropy(q, public.classes.to(x.device))
     if objective.balance:
-        uniform = torch.full((CLASSES,), 1 / CLASSES, device=x.device)
+        uniform = torch.full((probs.shape[2],), 1 / probs.shape[2], device=x.device)
         terms["balance"] = (shares * torch.stack([class_balance(p, uniform) for p in leaves])).sum()
     if objective.transfer:
         with autocast_over(leaf_x.device, leaf_x.shape[2:]):
@@ -564,7 +563,9 @@ def _student_steps(
 ) -> dict[str, float]:
     """Steps on the replay buffer: `KL(q || S) + soft Dice(S, q)`, with the label map blended in by `truth`.
 
-    A share `rehearsal` of each batch comes from the simulator instead, with its label map alone as the target.
+    A share `rehearsal` of each batch comes from the simulator instead, with its label map alone as the target. Class
+    answers have no overlap, so `KL(q || S)` alone, and an image is not mirrored or changed in contrast: that may make
+    it one of another class.
     """
     losses: list[float] = []
     rehearsed = round(schedule.rehearsal * schedule.student_batch)
@@ -585,12 +586,16 @@ def _student_steps(
         if sampler is not None and public:
             phantoms = sampler.draw(REHEARSAL_DRAWS + done, public)
             x, target = torch.cat([x, phantoms.base]), torch.cat([target, one_hot(phantoms.classes, CLASSES)])
-        x, target = flip_together([jitter(x, random), target], random)
+        dense = target.dim() > 2
+        if dense:
+            x, target = flip_together([jitter(x, random), target], random)
         x, target = x.to(device), target.to(device)
         with autocast_over(x.device, x.shape[2:]):
             logits = state.student(x)
         logits = logits.float()
-        loss = transfer_divergence(target, logits) + soft_dice(torch.softmax(logits, dim=1), target)
+        loss = transfer_divergence(target, logits)
+        if dense:
+            loss = loss + soft_dice(torch.softmax(logits, dim=1), target)
         state.student_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(state.student.parameters(), 5.0)
