@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fediod_med.checkpoints import load_state, save_state
-from fediod_med.data.sampler import PublicBatch, PublicSampler
+from fediod_med.data.sampler import PublicBatch, PublicSampler, upright
 from fediod_med.data.transforms import flip_together, jitter
 from fediod_med.devices import autocast_over
 from fediod_med.encodings import ENCODINGS, FP16
@@ -45,6 +45,7 @@ from fediod_med.losses import (
 )
 from fediod_med.networks import Generator, one_hot
 from fediod_med.protocol import Federation, Query, Reply, Setting, SiteFailure
+from fediod_med.snapshots import Snapshot, take_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +218,7 @@ def distill(
     quorum: int | None = None,
     timeout_s: float = 600.0,
     on_round: Callable[[Mapping[str, float]], None] | None = None,
+    on_snapshot: Callable[[Snapshot], None] | None = None,
 ) -> DistillationState:
     """Train the student (and the generator) against the hospitals.
 
@@ -236,6 +238,8 @@ def distill(
         quorum: good replies a round needs; all hospitals when omitted. The class counts at the start need all.
         timeout_s: per trip.
         on_round: receives each round's record.
+        on_snapshot: receives the volumes and answers of `snapshot_rounds`, before the round is saved, so that a resumed
+            run leaves none out. Nothing more is asked of a hospital for it.
 
     Returns:
         The final state; `student_average.module` is the distilled student.
@@ -264,6 +268,7 @@ def distill(
         described = _Hospitals(federation, run_id=run_id, quorum=everyone, timeout_s=timeout_s).ask("describe", 0, {})
         state.counts = torch.stack([described[site]["class_counts"] for site in federation.site_names])
 
+    kept = snapshot_rounds(schedule, generator=generator is not None, public=sampler is not None)
     while state.round < schedule.rounds:
         number = state.round + 1
         random = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -299,6 +304,9 @@ def distill(
                 state, hospitals, answers, x, probs, realism, counts, public, objective, number, weigh
             )
             record |= terms
+        if on_snapshot is not None and number in kept:
+            by_site = dict(zip((federation.site_names[index] for index in present), probs, strict=True))
+            on_snapshot(take_snapshot(number, x, by_site, q, _guess(state.student, x), public))
         state.replay.append(_pair(x, q, public))
         record |= _student_steps(state, schedule, number, sampler, random, device)
         state.history.append(record)
@@ -389,9 +397,26 @@ def generator_rounds(schedule: Schedule) -> int:
     return schedule.rounds - math.floor(schedule.rounds * schedule.phantom_share)
 
 
+def snapshot_rounds(schedule: Schedule, *, generator: bool, public: bool) -> tuple[int, ...]:
+    """Rounds handed to `on_snapshot`: of those that ask about the generator's volumes the first, quarters and last.
+
+    Args:
+        schedule: of the run.
+        generator: whether there is one; without it no round is kept.
+        public: whether there is a public sampler, and so rounds that ask about phantoms.
+    """
+    share = schedule.phantom_share if public else 0.0
+    asked = [n for n in range(1, schedule.rounds + 1) if not _falls_on_phantoms(n, share)] if generator else []
+    return tuple(sorted({asked[round((len(asked) - 1) * quarter / 4)] for quarter in range(5)})) if asked else ()
+
+
 def _is_phantom_round(number: int, public: PublicBatch | None, share: float) -> bool:
     """Whether round `number` belongs to the evenly spread share of rounds without the generator."""
-    return public is not None and math.floor(number * share) > math.floor((number - 1) * share)
+    return public is not None and _falls_on_phantoms(number, share)
+
+
+def _falls_on_phantoms(number: int, share: float) -> bool:
+    return math.floor(number * share) > math.floor((number - 1) * share)
 
 
 def _begin(
@@ -537,7 +562,17 @@ def _generator_step(
     values = {name: float(term.detach()) for name, term in terms.items()}
     if realism is not None:
         values["realism"] = float(realism.mean())
+        values |= {f"realism:{site}": float(score.mean()) for site, score in zip(present, realism, strict=True)}
     return q.detach(), values
+
+
+def _guess(student: nn.Module, x: Tensor) -> Tensor:
+    """The student's probabilities `(B, C, D, H, W)`; it is left in training, and no random number is drawn."""
+    student.eval()
+    with torch.no_grad(), autocast_over(x.device, x.shape[2:]):
+        logits = student(x.detach())
+    student.train()
+    return torch.softmax(logits.float(), dim=1)
 
 
 def softmax_pull_back(probs: Tensor, gradient: Tensor) -> Tensor:
@@ -620,7 +655,10 @@ def synthetic_volumes(
     seed: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Volumes of the averaged generator with the class map that conditioned them, if any; one `(4, D, H, W)` a time."""
+    """Volumes of the averaged generator with the class map that conditioned them, if any; one `(4, D, H, W)` a time.
+
+    They lie as the heads do (axes right, anterior, superior); an unconditional generator names no sides.
+    """
     source = None if state.generator_average is None else state.generator_average.module
     if source is not None:
         source.eval()
@@ -630,5 +668,8 @@ def synthetic_volumes(
         random = torch.Generator().manual_seed(seed * 1_000_003 + index)
         public = None if sampler is None else sampler.draw(10_000_000 + index, 1)
         with torch.no_grad():
-            x = _synthesise(source, public, 1, size, random, device)
-        yield x[0].cpu(), None if public is None else public.classes[0]
+            x = _synthesise(source, public, 1, size, random, device).cpu()
+        if public is None:
+            yield x[0], None
+        else:
+            yield upright(x, public.mirrored)[0], public.upright().classes[0]

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from fediod_med import distillation
 from fediod_med.checkpoints import load_state
 from fediod_med.data.phantoms import Grid, load_anatomy
-from fediod_med.data.sampler import PublicBatch, PublicSampler
+from fediod_med.data.sampler import PublicBatch, PublicSampler, upright
 from fediod_med.distillation import (
     PAPER_OBJECTIVE,
     DistillationState,
     GeneratorObjective,
     Schedule,
     distill,
+    snapshot_rounds,
     softmax_pull_back,
     synthetic_volumes,
 )
@@ -38,6 +39,7 @@ from fediod_med.networks import Generator, build_segmenter
 from fediod_med.prior import train_prior
 from fediod_med.privacy.gate import Gate
 from fediod_med.protocol import Query, Reply, SiteFailure, pack
+from fediod_med.snapshots import Snapshot
 
 CPU = torch.device("cpu")
 SIZE = 16
@@ -136,6 +138,19 @@ class Unreliable:
         replies = self._inner.ask(up, quorum=quorum, timeout_s=timeout_s)
         # Failures first: the order of replies must not matter to the centre.
         return {**{site: SiteFailure(site, queries[site].round, "timeout") for site in down}, **replies}
+
+
+class Listening(Unreliable):
+    """Notes every reply beside its query."""
+
+    def __init__(self, nodes: Mapping[str, SiteNode], fails: Callable[[str, Query], bool]) -> None:
+        super().__init__(nodes, fails)
+        self.heard: list[tuple[Query, Reply]] = []
+
+    def ask(self, queries: Mapping[str, Query], *, quorum: int, timeout_s: float) -> dict[str, Reply | SiteFailure]:
+        outcome = super().ask(queries, quorum=quorum, timeout_s=timeout_s)
+        self.heard += [(queries[site], found) for site, found in outcome.items() if isinstance(found, Reply)]
+        return outcome
 
 
 def recorder(asked: list[Query], site: str | None = None) -> Callable[[str, Query], bool]:
@@ -256,7 +271,12 @@ def test_each_round_is_reported_once(bench: Bench) -> None:
     state = bench.distill(on_round=seen.append)
     assert [record["round"] for record in seen] == [1, 2, 3, 4]
     assert seen == state.history
-    assert set(seen[0]) == {"round", "sites", "clarity", "unique", "mask", "transfer", "realism", "student"}
+    assert set(seen[0]) == {
+        *("round", "sites", "clarity", "unique", "mask", "transfer", "student"),
+        *("realism", "realism:north", "realism:south"),
+    }
+    assert seen[2]["realism"] == pytest.approx((seen[2]["realism:north"] + seen[2]["realism:south"]) / 2)
+    assert seen[2]["realism:north"] != seen[2]["realism:south"]
 
 
 # --- the generator ----------------------------------------------------------------------------------------------------
@@ -400,8 +420,98 @@ def test_synthetic_volumes_come_from_the_averaged_generator_and_repeat(bench: Be
         assert classes is not None and classes.shape == (SIZE, SIZE, SIZE)
     phantoms = bench.distill(mode=None)
     (x, classes), *_ = synthetic_volumes(phantoms, sampler=bench.sampler, count=1, size=SIZE, seed=5, device=CPU)
-    public: PublicBatch = bench.sampler.draw(10_000_000, 1)
+    public: PublicBatch = bench.sampler.draw(10_000_000, 1).upright()
     assert torch.equal(x, public.base[0]) and classes is not None and torch.equal(classes, public.classes[0])
+
+
+# --- snapshots --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rounds", "share", "expected"),
+    [
+        (9, 0.0, (1, 3, 5, 7, 9)),
+        (2, 0.0, (1, 2)),
+        (60, 0.5, (1, 15, 29, 45, 59)),  # odd rounds are the generator's
+        (1, 0.5, (1,)),
+        (8, 1.0, ()),
+    ],
+)
+def test_snapshots_are_spread_over_the_generators_rounds(rounds: int, share: float, expected: tuple[int, ...]) -> None:
+    schedule = replace(SHORT, rounds=rounds, phantom_share=share)
+    assert snapshot_rounds(schedule, generator=True, public=True) == expected
+    assert snapshot_rounds(schedule, generator=False, public=True) == ()
+    assert len(snapshot_rounds(schedule, generator=True, public=False)) == min(rounds, 5)
+
+
+def test_a_snapshot_holds_what_was_asked_and_answered_as_the_heads_lie(bench: Bench) -> None:
+    """Against the messages themselves; the draws of these rounds are mirrored, so that undoing it is seen."""
+    taken: list[Snapshot] = []
+    federation = Listening(bench.nodes(), lambda *_: False)
+    state = bench.distill(
+        federation=federation, on_snapshot=taken.append, schedule=replace(SHORT, rounds=6, phantom_share=0.5)
+    )
+    assert [snapshot.round for snapshot in taken] == [1, 3, 5]
+    sent = {query.round: query.tensors["x"] for query, _ in federation.heard if query.kind == "answer"}
+    replies = {(reply.round, reply.site): reply for _, reply in federation.heard if reply.kind == "answer"}
+    for snapshot in taken:
+        drawn = bench.sampler.draw(snapshot.round, 2)
+        assert drawn.mirrored.any()
+        assert torch.equal(snapshot.x, upright(sent[snapshot.round], drawn.mirrored))
+        assert snapshot.public is not None and torch.equal(snapshot.public.base, drawn.upright().base)
+        for site in SITES:
+            said = upright(replies[snapshot.round, site].tensors["probs"].float(), drawn.mirrored)
+            assert torch.allclose(snapshot.answers[site], said / said.sum(1, keepdim=True), atol=1e-6)
+        merged = list(state.replay)[snapshot.round - 1]["q"]
+        assert torch.equal(snapshot.ensemble.half(), upright(merged, drawn.mirrored))
+        assert torch.allclose(snapshot.student.sum(1), torch.ones(2, SIZE, SIZE, SIZE), atol=1e-5)
+    torch.manual_seed(7)
+    untrained = build_segmenter("unet", width=8, depth=2)
+    with torch.no_grad():
+        first = torch.softmax(untrained(sent[1]), dim=1)
+    assert torch.allclose(upright(taken[0].student, bench.sampler.draw(1, 2).mirrored), first, atol=1e-5)
+
+
+def test_snapshots_change_nothing_and_ask_nothing(bench: Bench) -> None:
+    plain, watched = (EmbeddedFederation(bench.nodes()) for _ in range(2))
+    expected = bench.distill(federation=plain)
+    assert equal_states(expected, bench.distill(federation=watched, on_snapshot=lambda _: None))
+    assert plain.bytes_down == watched.bytes_down and plain.bytes_up == watched.bytes_up
+
+
+def test_a_hospital_that_did_not_answer_is_not_in_the_snapshot(bench: Bench) -> None:
+    taken: list[Snapshot] = []
+    federation = Unreliable(bench.nodes(), lambda site, query: site == "north" and query.round == 2)
+    bench.distill(federation=federation, quorum=1, on_snapshot=taken.append)
+    assert [set(snapshot.answers) for snapshot in taken] == [set(SITES), {"south"}, set(SITES), set(SITES)]
+
+
+def test_a_resumed_run_takes_the_snapshots_that_the_interrupted_one_missed(bench: Bench) -> None:
+    """A snapshot is taken before its round is saved: what lies on disk, and what a resumed run adds, is everything."""
+    schedule = replace(SHORT, rounds=6)
+    whole: list[Snapshot] = []
+    bench.distill(schedule=schedule, on_snapshot=whole.append)
+    found: dict[int, Snapshot] = {}
+
+    def keep(snapshot: Snapshot) -> None:
+        found[snapshot.round] = snapshot
+
+    arguments: dict[str, Any] = {"schedule": schedule, "checkpoint": bench.folder / "centre.pt", "on_snapshot": keep}
+    with pytest.raises(InterruptedRunError):
+        bench.distill(**arguments, on_round=interrupt_after(4))
+    assert max(found) <= 4
+    bench.distill(**arguments, resume=True)
+    assert sorted(found) == [snapshot.round for snapshot in whole] == [1, 2, 3, 5, 6]
+    for snapshot in whole:
+        again = found[snapshot.round]
+        assert torch.equal(snapshot.x, again.x) and torch.equal(snapshot.student, again.student)
+        assert all(torch.equal(snapshot.answers[site], again.answers[site]) for site in SITES)
+
+
+def test_an_unconditional_generators_snapshot_has_no_phantom(bench: Bench) -> None:
+    taken: list[Snapshot] = []
+    bench.distill(mode="unconditional", objective=PAPER_OBJECTIVE, sampler=None, on_snapshot=taken.append)
+    assert len(taken) == 4 and all(snapshot.public is None for snapshot in taken)
 
 
 # --- hospitals that fail ----------------------------------------------------------------------------------------------
