@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fediod_med"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("federation.flare",),  # a run over an engine: the centre on its server, a hospital at each site
+    ("experiments",),  # classification and the paper's open questions, from the parts below
     # whole-run procedures: the demo, the folder of a distillation run; every row on the same patients; reviewing
     ("runs", "comparison", "review"),
     ("segmentation",),  # new scans: read, checked, segmented, written
@@ -55,6 +56,7 @@ SIBLINGS_ALLOWED = (
     "review",
     "segmentation",
     "comparison",
+    "experiments",
     "federation.flare",
 )  # packages whose files are one unit
 
@@ -69,6 +71,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "pydicom": ("dicom",),
     "rich": ("cli", "reporting", "runs"),
     "safetensors": ("checkpoints", "protocol", "comparison"),
+    "sklearn": ("experiments",),
     "streamlit": (),
     "typer": ("cli",),
 }
