@@ -3,8 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/dp_sgd.py [--precision bfloat16] [--out dp_sgd.json]
 
 Plain: one forward and backward pass of the whole batch and one Adam step. Private: the same rows, one patient after the
-other, clipping, noise, and one Adam step. `hooks` is Opacus' `GradSampleModule` on the same batch, where it can run.
-The smallest time of several interleaved repetitions is reported, because other load only ever adds.
+other, clipping, noise, and one Adam step. `projected` is the default of a site: the same on the span of 60 public
+gradients, with the cost of a new span spread over the ten steps that use it. `hooks` is Opacus' `GradSampleModule` on
+the same batch, where it can run. The smallest time of several interleaved repetitions is reported, because other load
+only ever adds.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from fediod_med.privacy.row_loss import per_row_dice_ce
 from fediod_med.privacy.training import PrivateSchedule, PrivateTrainer, autocast
 
 EVERYBODY = Mechanism(noise_multiplier=1.0, sample_rate=1.0, steps=100_000)  # q = 1: each step holds the whole batch
+SUBSPACE = 60
 TEACHERS = (("unet", 16), ("segresnet", 8), ("dynunet", 16))
 
 
@@ -96,7 +99,24 @@ def teacher(backbone: str, width: int, *, patients: int, crops: int, roi: int, p
     hooked = hooked_step(build_segmenter(backbone, width=width), loss, patients) if precision == "float32" else None
     if hooked is not None:
         steps["hooks"] = hooked
-    return {"network": f"{backbone} {width}", "patients": patients, "crops": crops, "roi": roi} | report(steps, repeats)
+    shape = {"network": f"{backbone} {width}", "patients": patients, "crops": crops, "roi": roi}
+    if backbone != "unet":
+        return shape | report(steps, repeats)
+
+    def projected(refresh: int) -> Callable[[], None]:
+        private = PrivateTrainer(
+            build_segmenter(backbone, width=width),
+            PrivateSchedule(EVERYBODY, subspace=SUBSPACE, refresh=refresh, precision=precision),
+            patients=patients,
+            per_row_loss=per_row_dice_ce,
+        )
+        rows, truth = torch.randn(SUBSPACE, 4, roi, roi, roi), torch.randint(0, 4, (SUBSPACE, roi, roi, roi))
+        return lambda: private.step(lambda i: (image[i], label[i]), lambda _, count: (rows[:count], truth[:count]))
+
+    steps |= {"kept_span": projected(10**9), "new_span": projected(1)}
+    found = report(steps, repeats)
+    spread = found["kept_span_s"] + (found["new_span_s"] - found["kept_span_s"]) / PrivateSchedule(EVERYBODY).refresh
+    return shape | found | {"projected_ratio": round(spread / found["plain_s"], 2)}
 
 
 def discriminator(*, patients: int, crops: int, roi: int, precision: str, repeats: int) -> dict:
