@@ -30,6 +30,7 @@ def compare(
     roi: Roi = None,
     epochs: Epochs = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each distillation.")] = None,
+    pool: Annotated[int | None, typer.Option(min=1, help="Public phantoms the centre draws from.")] = None,
     device: Device = "auto",
     resume: Resume = False,
     quiet: Quiet = False,
@@ -45,7 +46,7 @@ def compare(
 
     if data_name not in ("patients", "phantoms"):
         raise SettingsError(f"--data-name: expected patients or phantoms, found {data_name!r}")
-    given = {"spacing": spacing, "roi": roi, "epochs": epochs, "rounds": rounds}
+    given = {"spacing": spacing, "roi": roi, "epochs": epochs, "rounds": rounds, "pool": pool}
     size = dataclasses.replace(
         get_profile(profile), **{key: value for key, value in given.items() if value is not None}
     )

@@ -19,7 +19,7 @@ from fediod_med.comparison.profiles import Profile
 from fediod_med.comparison.results import gather
 from fediod_med.comparison.rows import chosen_rows
 from fediod_med.comparison.schedule import run_tasks, worker_devices
-from fediod_med.comparison.storage import read_row
+from fediod_med.comparison.storage import clear_leftovers, read_row
 from fediod_med.comparison.tables import latex, markdown
 from fediod_med.comparison.tasks import all_tasks
 from fediod_med.comparison.tuning import tuning_record
@@ -111,6 +111,7 @@ def run_comparison(
     """
     devices = worker_devices(device, jobs)
     remember(plan, resume=resume)
+    clear_leftovers(plan.out)
     tasks = all_tasks(plan)
     announce(estimate(plan, tasks, devices))
     began = time.perf_counter()

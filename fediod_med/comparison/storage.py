@@ -84,6 +84,12 @@ def write_failure(out: Path, cell: Cell, key: str, reason: str) -> None:
         write_json(folder / "record.json", _with_place({"reason": reason}, cell, key, FAILED))
 
 
+def clear_leftovers(out: Path) -> None:
+    """Remove what rows were writing when their process was killed."""
+    for leftover in (out / "cells").glob("*/.*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def is_done(out: Path, cell: Cell, key: str) -> bool:
     """Whether a row lies there complete; a failed one does not count and is computed again."""
     return _record(row_folder(out, cell, key)).get("status") == DONE
