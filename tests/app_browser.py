@@ -78,7 +78,11 @@ def serve(folder: Path, cases: tuple[str, ...]) -> Iterator[Served]:
             yield Served(url, root, settings.reviews, settings.work)
         finally:
             server.terminate()
-            server.wait(20)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
 
 
 def watch(page: Any) -> Watch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from app_demo import write_app_demo  # type: ignore[import-not-found]
 
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
+from fediod_med.review.events import Review
+from fediod_med.review.exchange import export_json
 from fediod_med.review.store import ReviewStore
 
 pytest.importorskip("streamlit", reason="the review app needs streamlit: pip install 'fediod-med[app]'")
@@ -171,6 +174,86 @@ def test_a_blinded_comparison_hides_names_until_both_are_rated(demo: Path, tmp_p
     assert [event.kind for event in first] == ["assignment", "review", "review"]
     assert {event.arm for event in first[1:]} == {"A", "B"}
     assert any("not revealed" in text.value for text in app.caption)
+    assert not any(event.kind == "reveal" for event in events)
+
+    button(app, "Previous").click().run()
+    button(app, "Show which is which").click().run()
+    drawn = events[0].detail["arms"]
+    told = next(info.value.replace("\\", "") for info in app.info if "A is" in info.value)
+    assert told == f"A is {drawn['A']}; B is {drawn['B']}"
+    (shown,) = (event for event in ReviewStore(tmp_path / "r.sqlite").events() if event.kind == "reveal")
+    assert (shown.reviewer, shown.case) == ("r2", "case-c")
+    button(app, "Next").click().run()  # the next case is blinded, and its names are hidden still
+    assert not app.exception and button(app, "Show which is which").disabled
+
+
+def test_an_export_is_imported_once_and_only_unchanged(demo: Path, tmp_path: Path) -> None:
+    elsewhere = ReviewStore(tmp_path / "elsewhere.sqlite")
+    elsewhere.submit(Review(reviewer="r7", run="demo/model", case="case-a", arm="model", verdict="reject"))
+    text = export_json(elsewhere)
+    app = opened("rating", reviewer="r1")
+
+    def imported(content: bytes) -> tuple[list[str], list[str]]:
+        app.get("file_uploader")[0].set_value([("reviews.json", content, "application/json")]).run()
+        button(app, "Import").click().run()
+        assert not app.exception
+        return [found.value for found in app.success], [found.value for found in app.error]
+
+    assert imported(text.encode()) == (["1 new events."], [])
+    assert imported(text.encode()) == (["0 new events."], [])
+    assert imported(text.replace("reject", "accept").encode())[1]
+    assert imported(b"\xff\xfe")[1]
+    (kept,) = ReviewStore(tmp_path / "r.sqlite").events()
+    assert (kept.reviewer, kept.verdict, kept.origin) == ("r7", "reject", elsewhere.head[1])
+
+
+def test_two_readers_are_compared_on_request(demo: Path, tmp_path: Path) -> None:
+    store = ReviewStore(tmp_path / "r.sqlite")
+    for case in ("case-a", "case-b", "case-c"):
+        for reviewer in ("r1", "r2"):
+            verdict = "reject" if case == "case-b" else "accept"
+            store.submit(Review(reviewer=reviewer, run="demo/model", case=case, arm="model", verdict=verdict))
+    app = opened("rating", reviewer="r3")
+    assert not any("measure" in table.value for table in app.dataframe)
+    next(found for found in app.toggle if found.label == "Agreement of the reviewers").set_value(True).run()
+    rows = next(table.value for table in app.dataframe if "measure" in table.value)
+    assert list(rows["measure"]) == ["Krippendorff's alpha", "weighted kappa"] and list(rows["value"]) == [1.0, 1.0]
+
+
+def test_a_private_run_tells_epsilon_of_each_hospital(demo: Path) -> None:
+    summary = demo / "run" / "summary.json"
+    told = json.loads(summary.read_text())
+    told["privacy"]["south"] = {"mode": "gradient", "epsilon": 6.25, "delta": 1e-5, "patients": 24}
+    summary.write_text(json.dumps(told))
+    for page in (None, "synthetic", "promises"):
+        words = html_of(opened(page))
+        assert "Differentially private per patient: epsilon at most 7.9" in words and "NOT PRIVATE" not in words
+        assert "north: epsilon 7.9 at delta 1.0e-05; south: epsilon 6.25 at delta 1.0e-05" in words
+
+
+def test_one_hospital_without_a_promise_makes_the_run_not_private(demo: Path) -> None:
+    words = html_of(opened())
+    assert "NOT PRIVATE: south" in words and "north: epsilon 7.9 at delta 1.0e-05; south: NOT PRIVATE" in words
+
+
+def test_what_a_run_lacks_is_said_and_nothing_breaks(demo: Path) -> None:
+    shutil.rmtree(demo / "run" / "scores")
+    for name in ("summary.json", "run.json"):
+        (demo / "run" / name).write_text(json.dumps({"command": "distill"}))
+    app = opened()
+    assert "NOT PRIVATE" in html_of(app) and not app.error
+    told = " ".join(found.value for found in (*app.warning, *app.info))
+    assert "privacy" in told and "rows" in told and "no score of a single case" in told
+    assert not opened("promises").error
+
+
+def test_a_case_without_its_files_says_which(demo: Path) -> None:
+    (demo / "model" / "case-a_seg.nii.gz").unlink()
+    shutil.rmtree(demo / "unseen" / "case-a")
+    app = opened("cases")
+    assert not app.exception and not app.get("image")
+    told = " ".join(text.value.replace("\\", "") for text in (*app.warning, *app.caption, *app.error))
+    assert "not there any more" in told and "case-a_seg.nii.gz" in told
 
 
 def test_privacy_page_says_what_is_missing(demo: Path) -> None:
@@ -208,6 +291,23 @@ def test_segmenting_follows_no_link_out_of_the_roots(demo: Path, tmp_path: Path)
     next(found for found in app.text_input if found.label.startswith("Case folder")).set_value("linked").run()
     button(app, "Check and segment").click().run()
     assert any("outside" in error.value for error in app.error) and not app.exception
+    assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize("link", ["file", "folder"])
+def test_a_dicom_study_with_a_link_out_of_the_roots_is_not_read(demo: Path, tmp_path: Path, link: str) -> None:
+    outside, study = tmp_path / "outside", demo / "study" / "series-1"
+    outside.mkdir()
+    study.mkdir(parents=True)
+    (outside / "1.dcm").write_bytes(bytes(128) + b"DICM")
+    (study / "0.dcm").write_bytes(bytes(128) + b"DICM")
+    target = outside / "1.dcm" if link == "file" else outside
+    (study / "more").symlink_to(target)
+    app = opened("segmenting")
+    next(found for found in app.text_input if found.label.startswith("Case folder")).set_value("study").run()
+    button(app, "Check and segment").click().run()
+    assert any("outside" in error.value for error in app.error) and not app.exception
+    assert str(tmp_path) not in " ".join(error.value.replace("\\", "") for error in app.error)
     assert not list((tmp_path / "work").iterdir())
 
 

@@ -12,12 +12,15 @@ import streamlit as st
 
 from fediod_med.errors import FediodError
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
-from fediod_med.review.case_folder import Case, CaseFolder, read_cases
+from fediod_med.review.case_cache import CaseFolders
+from fediod_med.review.case_folder import Case, CaseFolder
 from fediod_med.review.interactive import PartCache
+from fediod_med.review.journal import Journal
 from fediod_med.review.roots import Found, Roots
 from fediod_med.review.run_folder import RunFolder, read_run
 from fediod_med.review.settings import ReviewSettings, parse_arguments
 from fediod_med.review.store import ReviewStore
+from fediod_med.review.tables import privacy_words
 from fediod_med.review.volumes import VolumeCache
 
 RUN_PAGES = ("Overview", "Synthetic volumes", "Privacy")
@@ -34,6 +37,7 @@ _STYLE = """<style>
 .banner {border-left: .5rem solid; padding: .35rem .8rem; margin: 0 0 .3rem 0; font-weight: 600; border-radius: .2rem;}
 .bare {background: #FDECEA; border-color: #B3261E; color: #7A1A14;}
 .private {background: #E8F1FB; border-color: #0B5CAD; color: #083F78;}
+.detail {font-weight: 400; font-size: .9rem;}
 .notice {background: #FFF6DB; border-color: #8A6100; color: #4F3800;}
 </style>"""
 
@@ -65,12 +69,22 @@ def cache() -> VolumeCache:
 
 
 @st.cache_resource(show_spinner=False)
+def _read(arguments: tuple[str, ...]) -> tuple[Journal, CaseFolders]:
+    return Journal(_opened(arguments)[2]), CaseFolders()
+
+
+def journal() -> Journal:
+    """The reviews, held in memory."""
+    return _read(tuple(sys.argv[1:]))[0]
+
+
+@st.cache_resource(show_spinner=False)
 def parts() -> PartCache:
     """What the interactive viewer was sent, shared likewise."""
     return PartCache()
 
 
-@st.cache_data(ttl=15, show_spinner=False)
+@st.cache_data(ttl=60, show_spinner=False)
 def _found(arguments: tuple[str, ...]) -> tuple[Found, ...]:
     return _opened(arguments)[1].find()
 
@@ -97,10 +111,11 @@ def draw(title: str) -> None:
             st.caption("Folders are read, never written. Nothing leaves this machine.")
 
 
-def banner(words: str) -> None:
-    """The privacy banner: what the model's or run's promise is worth."""
+def banner(words: str, detail: str = "") -> None:
+    """The privacy banner: what the model's or run's promise is worth, and in smaller letters each hospital's."""
     look = "bare" if words.startswith("NOT PRIVATE") else "private"
-    st.html(f'<div class="banner {look}" role="note">{html.escape(words)}</div>')
+    below = f'<div class="detail">{html.escape(detail)}</div>' if detail else ""
+    st.html(f'<div class="banner {look}" role="note">{html.escape(words)}{below}</div>')
 
 
 @contextmanager
@@ -131,8 +146,13 @@ def chosen_run() -> RunFolder | None:
         st.info("No run folder lies below the chosen folders. `fediod demo` makes one of phantoms.")
         return None
     run = read_run(entry.path)
-    banner(run.banner)
+    banner(run.banner, privacy_words(run))
     return run
+
+
+def runs() -> tuple[Found, ...]:
+    """All run folders."""
+    return tuple(entry for entry in _found(tuple(sys.argv[1:])) if entry.kind == "run")
 
 
 def folder_names() -> tuple[str, ...]:
@@ -156,7 +176,7 @@ def chosen_cases(*, banner_too: bool = True) -> CaseFolder | None:
             help="Inside the chosen folders, for example demo/unseen. Needed only where no record names them.",
         )
     known = {other: _entry("cases", other) for other in beside}
-    folder = read_cases(
+    folder = _read(tuple(sys.argv[1:]))[1].read(
         entry.path,
         roots(),
         images=roots().folder(below_root(scans)) if scans else None,

@@ -7,22 +7,17 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import altair as alt
-import pandas as pd
 import streamlit as st
 
 from fediod_med.errors import FediodError
 from fediod_med.labels import REGIONS
-from fediod_med.review.agreement import rating_against_dice, ratings_with_dice
 from fediod_med.review.case_folder import Case, CaseFolder
 from fediod_med.review.content import content_hashes
 from fediod_med.review.events import RATINGS, TAGS, VERDICTS, Review
-from fediod_med.review.exchange import events_csv, export_csv, export_json, import_text
 from fediod_med.review.queue import (
     ARMS,
     QueueItem,
     blind,
-    blinded_ratings,
     neighbour,
     next_case,
     reveal,
@@ -34,14 +29,12 @@ from fediod_med.review.rating import (
     RATING_WORDS,
     VERDICT_KEYS,
     VERDICT_WORDS,
-    agreement_rows,
     in_words,
     next_region,
-    open_comparisons,
 )
-from fediod_med.review.viewing import case_images, case_maps, dice_of
-from fediod_med.review.volumes import LoadedVolume, same_grid
-from review_pages import frame, viewer
+from fediod_med.review.viewing import case_images, case_maps
+from fediod_med.review.volumes import LoadedVolume
+from review_pages import frame, told, viewer
 
 ORDER = ("WT", "TC", "ET")
 OWN = "model"
@@ -69,14 +62,14 @@ def page() -> None:
         st.info("Enter a reviewer code at the side to begin.")
     else:
         _rate(folder, reviewer, other)
-    _agreement(folder, other)
-    _exchange(folder)
+    told.agreement(folder, other)
+    told.exchange(folder)
 
 
 def _rate(folder: CaseFolder, reviewer: str, other: str | None) -> None:
     arms = (OWN,) if other is None else ARMS
     cases = [case for case in folder.cases.values() if other is None or other in case.others]
-    events = frame.store().events(run=folder.name)
+    events = frame.journal().events(folder.name)
     queue = review_queue(waiting(cases), events, reviewer=reviewer, run=folder.name, arms=arms)
     if not queue:
         st.info("No case of this folder can be reviewed.")
@@ -147,9 +140,8 @@ def _form(
     key = f"{folder.name}-{case.case_id}-{arm}-{reviewer}"
     st.session_state.setdefault(f"submission-{key}", uuid.uuid4().hex)
     st.session_state.setdefault(f"began-{key}", time.time())
-    last = frame.store().current(run=folder.name, case=case.case_id, reviewer=reviewer)
-    for event in last:
-        if event.arm == arm:
+    for event in frame.journal().current(folder.name):
+        if (event.reviewer, event.case, event.arm) == (reviewer, case.case_id, arm):
             st.success(f"You said: {frame.plain(in_words(event))}")
     for region in ORDER:
         st.segmented_control(
@@ -183,15 +175,21 @@ def _form(
             type="primary" if verdict == "accept" else "secondary",
             width="stretch",
         )
-    back, forth = neighbour(queue, case.case_id, back=True), neighbour(queue, case.case_id)
+    # a case that was rated goes to the end of the queue, so the way back is remembered
+    trail = st.session_state.setdefault(f"{place}-trail", [])
+    back = trail[-1] if trail else neighbour(queue, case.case_id, back=True)
+    forth = neighbour(queue, case.case_id) or next_case(queue, after=case.case_id)
     columns = verdicts.columns(2)
-    for column, label, shortcut, target in ((columns[0], "Previous", "p", back), (columns[1], "Next", "n", forth)):
+    for column, label, shortcut, target, go in (
+        (columns[0], "Previous", "p", back, _go_back),
+        (columns[1], "Next", "n", forth, _go_on),
+    ):
         column.button(
             label,
             key=f"{label}-{key}",
             shortcut=shortcut,
             disabled=target is None,
-            on_click=_go,
+            on_click=go,
             args=(place, target),
             width="stretch",
         )
@@ -201,7 +199,14 @@ def _set_rating(name: str, rating: int) -> None:
     st.session_state[name] = rating
 
 
-def _go(place: str, case_id: str) -> None:
+def _go_on(place: str, case_id: str) -> None:
+    st.session_state[f"{place}-trail"].append(st.session_state[place])
+    st.session_state[place] = case_id
+
+
+def _go_back(place: str, case_id: str) -> None:
+    if st.session_state[f"{place}-trail"]:
+        st.session_state[f"{place}-trail"].pop()
     st.session_state[place] = case_id
 
 
@@ -250,7 +255,9 @@ def _submit(
     state["review-said"] = ("success", f"Kept: {case.case_id}, {in_words(event)}")
     rated = {arm, *next((item.rated for item in queue if item.case_id == case.case_id), ())}
     if other is None or set(ARMS) <= rated:
-        state[place] = next_case(queue, after=case.case_id) or case.case_id
+        following = next_case(queue, after=case.case_id)
+        if following is not None:
+            _go_on(place, following)
 
 
 def _said() -> None:
@@ -263,92 +270,6 @@ def _names(folder: CaseFolder, case: Case, reviewer: str, other: str, item: Queu
     if st.button("Show which is which", key=f"reveal-{case.case_id}", disabled=not item.done):
         found = reveal(frame.store(), reviewer=reviewer, run=folder.name, case=case.case_id, models=(OWN, other))
         st.info(frame.plain("; ".join(f"{letter} is {model}" for letter, model in found.models.items())))
-
-
-def _agreement(folder: CaseFolder, other: str | None) -> None:
-    st.subheader("Agreement")
-    reviews = frame.store().current(run=folder.name)
-    if not reviews:
-        st.caption("No review yet.")
-        return
-    rows = agreement_rows(reviews)
-    if rows:
-        st.dataframe(rows, hide_index=True, alt="Agreement of the reviewers")
-    else:
-        st.caption("One reviewer so far; agreement needs two.")
-    scored = [case for case in folder.cases.values() if case.reference is not None and case.label_map is not None]
-    if not scored:
-        st.caption("No case has a reference, so ratings cannot be set against Dice.")
-        return
-    region = st.segmented_control("Region", REGIONS, default="WT", key="agreement-region", required=True) or "WT"
-    if not st.toggle("Ratings against Dice", key="against-dice"):
-        return
-    dice: dict[tuple[str, str], float] = {}
-    for case in scored:
-        maps = case_maps(case, frame.cache())
-        for name in (OWN, *([] if other is None else [other])):
-            if name in maps and same_grid(maps[name], maps["reference"]):
-                dice[case.case_id, name] = dice_of(maps[name], maps["reference"])[region]
-    shown = list(reviews)
-    if other is not None:
-        finished = open_comparisons(frame.store().events(run=folder.name))
-        shown = [
-            replace(event, arm=model)
-            for model, event in blinded_ratings(frame.store().events(run=folder.name), (OWN, other))
-            if (event.reviewer, event.run, event.case) not in finished
-        ]
-    points = ratings_with_dice(shown, dice, region)
-    if not points:
-        st.caption("No rated segmentation has a known Dice yet.")
-        return
-    found = pd.DataFrame(points, columns=["case", "model", "rating", "Dice"])
-    tau = rating_against_dice(found["rating"].tolist(), found["Dice"].tolist())
-    st.altair_chart(
-        alt.Chart(found)
-        .mark_circle(size=90, color="#0072B2")
-        .encode(
-            x=alt.X("Dice:Q", scale=alt.Scale(domain=[0, 1])),
-            y=alt.Y("rating:Q", scale=alt.Scale(domain=[1, 4])),
-            tooltip=list(found.columns),
-        )
-        .properties(height=240),
-        alt=f"Mean rating of {region} against its Dice, one point per segmentation",
-    )
-    st.caption(f"Kendall's tau {tau.value:.2f} ({tau.low:.2f} to {tau.high:.2f}), {tau.cases} segmentations.")
-
-
-def _exchange(folder: CaseFolder) -> None:
-    st.subheader("Export")
-    store = frame.store()
-    columns = st.columns(3)
-    columns[0].download_button(
-        "Ratings of these cases (CSV)",
-        lambda: events_csv(store.current(run=folder.name)),
-        "ratings.csv",
-        "text/csv",
-        key="export-current",
-    )
-    blinded = open_comparisons(store.events())
-    for column, label, make, name, mime in (
-        (columns[1], "Whole store (CSV)", export_csv, "reviews.csv", "text/csv"),
-        (columns[2], "Whole store (JSON)", export_json, "reviews.json", "application/json"),
-    ):
-        column.download_button(
-            label, lambda make=make: make(store), name, mime, key=f"export-{name}", disabled=bool(blinded)
-        )
-    if blinded:
-        st.caption(f"The whole store tells which model was A: {len(blinded)} blinded comparisons are not revealed yet.")
-    number, digest = store.head
-    st.caption(f"Witness of the store: event {number}, {digest[:16]}.")
-    with st.expander("Import an export of another store"):
-        file = st.file_uploader("CSV or JSON", type=["csv", "json"], key="import")
-        if file is not None and st.button("Import", key="import-go"):
-            try:
-                added = import_text(store, file.getvalue().decode("utf-8"))
-            except UnicodeDecodeError:
-                st.error("Expected text in UTF-8, found something else.")
-            else:
-                st.success(f"{added} new events.")
 
 
 with frame.refusing():

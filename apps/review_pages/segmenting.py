@@ -23,7 +23,7 @@ PRIOR_BANNER = "Public prior: trained on phantoms, on no patient"
 def page() -> None:
     """Draw the page."""
     st.title("Segment")
-    runs = [entry for entry in frame.roots().runs() if (entry.path / "bundle").is_dir()]
+    runs = [entry for entry in frame.runs() if (entry.path / "bundle").is_dir()]
     name = st.selectbox("Model", [*(run.name for run in runs), PRIOR], key="segment-model")
     model = next((run.path for run in runs if run.name == name), None)
     frame.banner(PRIOR_BANNER if model is None else read_run(model).banner)
@@ -81,13 +81,11 @@ def _segment(source: Path, model: Path | None) -> None:
 
     st.session_state.pop("segmented", None)
     st.session_state["segment-findings"] = []
+    frame.roots().require_links_inside(source)
     try:
         cases = resolve(source)
     except OSError as error:
         raise InputError(f"{source.name}: cannot be read ({error.strerror})") from error
-    for case in cases:
-        for path in case.subject.images.values() if case.subject is not None else ():
-            frame.roots().file(path)  # a link may lead out of the chosen folders
     named = source.name if source.is_relative_to(frame.settings().work) else f"{source.parent.name}-{source.name}"
     out = frame.settings().work / named
     bar = st.progress(0.0, "Loading the model")

@@ -114,16 +114,11 @@ def weighted_kappa(
     if one.shape != two.shape or one.ndim != 1:
         raise InputError(f"kappa: expected two lists of one length, found {one.shape} and {two.shape}")
     both = ~(np.isnan(one) | np.isnan(two))
-    order = {value: rank for rank, value in enumerate(categories)}
-    try:
-        ranks = np.array([[order[a], order[b]] for a, b in zip(one[both].tolist(), two[both].tolist(), strict=True)])
-    except KeyError as error:
-        raise InputError(f"kappa: expected ratings among {list(categories)}, found {error.args[0]}") from None
-    if not len(ranks):
+    if not both.any():
         return math.nan
-    size = len(order)
-    observed = np.zeros((size, size))
-    np.add.at(observed, (ranks[:, 0], ranks[:, 1]), 1.0 / len(ranks))
+    size = len(categories)
+    first_rank, second_rank = (_ranks(values[both], categories) for values in (one, two))
+    observed = np.bincount(first_rank * size + second_rank, minlength=size * size).reshape(size, size) / both.sum()
     expected = np.outer(observed.sum(axis=1), observed.sum(axis=0))
     distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size))).astype(float)
     cost = {"none": (distance > 0).astype(float), "linear": distance, "quadratic": distance**2}[weights]
@@ -242,6 +237,15 @@ def rating_against_dice(
     value, p_value = _tau(one, two)
     low, high = _bootstrap(lambda rows: _tau(one[rows], two[rows])[0], len(one), seed, resamples)
     return Agreement(value, low, high, len(one), p_value if math.isfinite(p_value) else None)
+
+
+def _ranks(values: np.ndarray, categories: Sequence[float]) -> np.ndarray:
+    """Place of each value among the categories; `InputError` names one that is none."""
+    matches = values[:, None] == np.asarray(categories, dtype=float)
+    known = matches.any(axis=1)
+    if not known.all():
+        raise InputError(f"kappa: expected ratings among {list(categories)}, found {values[~known][0]}")
+    return np.asarray(matches.argmax(axis=1))
 
 
 def _tau(one: np.ndarray, two: np.ndarray) -> tuple[float, float]:

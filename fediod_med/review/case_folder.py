@@ -139,8 +139,7 @@ def read_cases(
     folder = roots.folder(folder)
     absent: dict[str, str] = {}
     record = _read(folder, "run.json", absent, "record")
-    if images is None and (folder.parent / "unseen").is_dir():
-        images = folder.parent / "unseen"
+    images = images or scans_beside(folder)
     scans = _subjects(None if images is None else roots.folder(images), absent)
     expert = _reference_files(None if references is None else roots.folder(references), scans, absent)
     elsewhere = {name: roots.folder(path) for name, path in (models or {}).items()}
@@ -155,6 +154,11 @@ def read_cases(
         record=record,
         absent=absent,
     )
+
+
+def scans_beside(folder: Path) -> Path | None:
+    """The folder of scans that a demo leaves beside its segmented cases; none elsewhere."""
+    return folder.parent / "unseen" if (folder.parent / "unseen").is_dir() else None
 
 
 def _case_ids(folder: Path) -> list[str]:

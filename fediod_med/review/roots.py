@@ -117,6 +117,17 @@ class Roots:
         found = [entry for entry in _entries(folder) if not entry.name.startswith(".") and self.contains(entry)]
         return tuple(entry for entry in found if entry.is_dir())
 
+    def require_links_inside(self, folder: Path) -> None:
+        """Refuse a folder in which, at any depth, a link leads out of the roots; what reads it later follows links.
+
+        Raises:
+            SettingsError: there is one.
+        """
+        for place, folders, files in os.walk(folder):
+            for name in (*folders, *files):
+                if os.path.islink(os.path.join(place, name)):  # noqa: PTH114, PTH118 (a study has thousands of files)
+                    self.resolve(Path(place, name))
+
     def find(self) -> tuple[Found, ...]:
         """Every run folder and every folder of segmented cases below the roots, runs first, sorted by name.
 

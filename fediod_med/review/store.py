@@ -190,16 +190,19 @@ class ReviewStore:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def events(
-        self, *, run: str | None = None, case: str | None = None, reviewer: str | None = None, kind: str | None = None
+        self,
+        *,
+        run: str | None = None,
+        case: str | None = None,
+        reviewer: str | None = None,
+        kind: str | None = None,
+        after: int | None = None,
     ) -> tuple[Event, ...]:
-        """Events in the order they were written, all or those of a run, case, reviewer or kind."""
-        chosen = {
-            name: value
-            for name, value in (("run", run), ('"case"', case), ("reviewer", reviewer), ("kind", kind))
-            if value is not None
-        }
+        """Events in the order they were written, all or those of a run, case, reviewer or kind, or after a number."""
+        named = ("run = ?", run), ('"case" = ?', case), ("reviewer = ?", reviewer), ("kind = ?", kind)
+        chosen = {name: value for name, value in (*named, ("sequence > ?", after)) if value is not None}
         with self._connected() as connection:
-            return tuple(_select(connection, " AND ".join(f"{n} = ?" for n in chosen), tuple(chosen.values())))
+            return tuple(_select(connection, " AND ".join(chosen), tuple(chosen.values())))
 
     def current(
         self, *, run: str | None = None, case: str | None = None, reviewer: str | None = None

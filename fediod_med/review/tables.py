@@ -84,6 +84,19 @@ def privacy_rows(run: RunFolder) -> list[dict[str, Any]]:
     ]
 
 
+def privacy_words(run: RunFolder) -> str:
+    """What is promised per hospital, in one line below the banner; empty where nothing is promised."""
+    if not any(terms.private for terms in run.privacy or ()):
+        return ""
+    told = []
+    for terms in run.privacy or ():
+        if terms.private and terms.epsilon is not None and terms.delta is not None:
+            told.append(f"{terms.site}: epsilon {terms.epsilon:.3g} at delta {terms.delta:.1e}")
+        else:
+            told.append(f"{terms.site}: NOT PRIVATE")
+    return "; ".join(told)
+
+
 def progress_rows(run: RunFolder) -> list[dict[str, Any]]:
     """One row per round and quantity that the round has, for a chart; per hospital where the round tells it."""
     rows = []
