@@ -105,7 +105,7 @@ def build_classifier(in_shape: Sequence[int], classes: int, *, width: int = 16, 
         classes=classes,
         channels=[width * 2**level for level in range(levels)],
         strides=[1, *[2] * (levels - 1)],
-        num_res_units=2,
+        num_res_units=0,
         norm=("GROUP", {"num_groups": 4}),
     )
 

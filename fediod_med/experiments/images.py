@@ -38,7 +38,6 @@ class ImageSet:
         test_x: as `train_x`, of images that are used for scoring alone.
         test_y: as `train_y`.
         classes: number of classes.
-        mirrored: whether an image seen in a mirror is one of the same kind.
     """
 
     name: str
@@ -47,7 +46,6 @@ class ImageSet:
     test_x: Tensor
     test_y: Tensor
     classes: int
-    mirrored: bool
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -65,7 +63,7 @@ def digits() -> ImageSet:
     x, y = found.images.astype(np.float32)[:, None] / 8, found.target.astype(np.int64)
     split = train_test_split(x, y, test_size=TEST_SHARE, random_state=SPLIT_SEED, stratify=y)
     train_x, test_x, train_y, test_y = (torch.from_numpy(part) for part in split)
-    return ImageSet("digits", train_x, train_y, test_x, test_y, 10, mirrored=False)
+    return ImageSet("digits", train_x, train_y, test_x, test_y, 10)
 
 
 def validation_of(images: ImageSet) -> ImageSet:
@@ -124,7 +122,7 @@ def _normalised(
     mean, spread = x.mean(dim=(0, 2, 3), keepdim=True), x.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-3)
     labels = (torch.from_numpy(part.astype(np.int64)) for part in (train_y, test_y))
     train_labels, test_labels = labels
-    return ImageSet(name, (x - mean) / spread, train_labels, (t - mean) / spread, test_labels, classes, mirrored=True)
+    return ImageSet(name, (x - mean) / spread, train_labels, (t - mean) / spread, test_labels, classes)
 
 
 def _binary(paths: Sequence[Path], *, labels: int) -> tuple[np.ndarray, np.ndarray]:

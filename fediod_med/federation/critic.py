@@ -147,12 +147,14 @@ class PlainCritic:
 
     def real_batch(self, size: Sequence[int], number: int) -> Tensor:
         """Random patches `(batch, S, *size)` of the hospital's scans; fixed by the round."""
-        draw = random_patch(size, mirrored=self._mirrored)
-        draw.set_random_state(seed=(self._seed * 1_000_003 + number) % 2**32)
         generator = torch.Generator().manual_seed((self._seed * 7_368_787 + number) % 2**63)
         chosen = torch.randint(len(self._volumes), (self._batch,), generator=generator).tolist()
-        patches = [convert_to_tensor(draw(self._volumes[i]), track_meta=False) for i in chosen]
-        return torch.stack(patches).to(self._device).float()
+        scans = [self._volumes[i] for i in chosen]
+        if self._mirrored or any(scan.shape[1:] != tuple(size) for scan in scans):
+            draw = random_patch(size, mirrored=self._mirrored)
+            draw.set_random_state(seed=(self._seed * 1_000_003 + number) % 2**32)
+            scans = [convert_to_tensor(draw(scan), track_meta=False) for scan in scans]
+        return torch.stack(scans).to(self._device).float()
 
     def _step(self, fake: Tensor, number: int) -> None:
         real = self.real_batch(fake.shape[2:], number)
