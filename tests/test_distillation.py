@@ -220,9 +220,11 @@ def test_the_replay_buffer_keeps_the_newest_pairs_in_half_precision(bench: Bench
 
 def test_hospitals_are_weighed_by_what_they_know_of_public_phantoms(bench: Bench) -> None:
     """A hospital whose teacher is ruined loses its weight after the first phantom round; before it, all weigh alike."""
+    ruined, random = copy.deepcopy(bench.teachers[1]), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in bench.teachers[1].parameters():
-            parameter.copy_(torch.randn_like(parameter))
+        for parameter in ruined.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=random))
+    bench = replace(bench, teachers=[bench.teachers[0], ruined])
     trusting = bench.distill(mode=None, objective=replace(GeneratorObjective(), competence=0.0, realism_weights=False))
     weighing = bench.distill(mode=None, objective=replace(GeneratorObjective(), realism_weights=False))
     assert trusting.dice is not None and weighing.dice is not None and torch.equal(trusting.dice, weighing.dice)

@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("federation.node", "private_teacher"),
     ("federation.critic", "federation.critic_state", "site_gate"),
-    ("quality", "snapshots", "synthetic_quality"),
+    ("quality", "snapshots", "synthetic_quality", "image_features"),
     ("inference", "sites", "checks", "dicom", "data.sampler", "coregister", "preprocess"),
     ("data.transforms", "data.phantoms", "data.itk_formats", "rigid", "sliding", "records"),
     ("data.nifti", "data.partitions", "checkpoints", "ensemble", "lesions", "lesionwise", "uncertainty"),

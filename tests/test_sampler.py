@@ -148,16 +148,6 @@ def test_uprighting_twice_and_without_mirroring_changes_nothing(sampler: PublicS
     assert torch.equal(turned[0], x[0].flip(0)) and torch.equal(turned[1], x[1].flip(2))
 
 
-def test_centred_crops_are_about_the_brain_and_draw_nothing(sampler: PublicSampler) -> None:
-    batch = sampler.centred([2, 0])
-    assert batch.phantoms.tolist() == [2, 0] and not batch.mirrored.any()
-    images, _ = sampler.pool()
-    for crop, number in zip(batch.base, (2, 0), strict=True):
-        window = centre_window(images[number], 12)
-        assert torch.equal(crop, images[number][(slice(None), *window)].float())
-    assert (batch.base != 0).float().mean() > 0.9
-
-
 def test_the_middle_of_the_brain_not_of_the_grid() -> None:
     image = torch.zeros(4, 20, 20, 20)
     image[1, 2:6, 10:14, 16:20] = 1

@@ -149,15 +149,6 @@ class PublicSampler:
         rng = np.random.default_rng([self._seed, step])
         return _batch([self._crop(rng) for _ in range(batch)])
 
-    def centred(self, phantoms: Sequence[int]) -> PublicBatch:
-        """The given phantoms of the pool, cut about the middle of the brain and not mirrored; nothing is drawn."""
-        crops = []
-        for index in phantoms:
-            image, tissues = self._images[index], self._tissues[index]
-            window = centre_window(image, self._roi)
-            crops.append(_Crop(image[(slice(None), *window)], tissues[window], (), int(index)))
-        return _batch(crops)
-
     def batches(self, steps: int, batch: int) -> Iterator[PublicBatch]:
         """Batches 1 to `steps`."""
         return (self.draw(step, batch) for step in range(1, steps + 1))
