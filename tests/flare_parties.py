@@ -28,9 +28,9 @@ LAYOUTS = {"north": ("brats2018", "brats2018"), "south": ("brats2023", "brats202
 
 
 def write_hospitals(
-    root: Path, names: Sequence[str], *, privacy: Mapping[str, str] | None = None, cases: int = 2
+    root: Path, names: Sequence[str], *, privacy: Mapping[str, str] | None = None, cases: int = 2, roi: int = ROI
 ) -> None:
-    """Phantom scans, site files and untrained teachers of hospitals that differ in backbone, layout and label scheme."""
+    """Phantom scans, site files, untrained teachers; hospitals differ in backbone, layout, label scheme and scanner."""
     profiles = [profile for _, profile in zip(range(9), hospital_profiles(), strict=False)]
     for number, name in enumerate(names):
         kind = sorted(NETWORKS)[number % 3]
@@ -49,7 +49,7 @@ def write_hospitals(
         folder.mkdir(parents=True)
         (folder / "site.yaml").write_text(
             f"site_name: {name}\nlayout: {layout}\nlabel_scheme: {scheme}\ndataset_dir: {root}/scans/{name}\n"
-            f"spacing: {SPACING}\nroi: {ROI}\n{terms}",
+            f"spacing: {SPACING}\nroi: {roi}\n{terms}",
             encoding="utf-8",
         )
         write_teacher(folder / "models" / "model.safetensors", kind, seed=number)

@@ -169,12 +169,14 @@ def check_envelope(envelope: Mapping[str, Any], *, floor_mode: str) -> None:
         raise ProtocolError("reply: expected the ledger's head and a finite epsilon, or neither in mode none")
 
 
-def check_account(account: Mapping[str, Any]) -> None:
+def check_account(account: object) -> None:
     """Hold a hospital's privacy record against its fixed form.
 
     Raises:
         ProtocolError: another field or type, or more text than a statement has.
     """
+    if not isinstance(account, Mapping):
+        raise ProtocolError(f"privacy record: expected fields, found {type(account).__name__}")
     undeclared = set(account) - set(ACCOUNT)
     if undeclared or account.get("mode") not in MODES:
         raise ProtocolError(f"privacy record: undeclared fields {sorted(undeclared)} or no mode")

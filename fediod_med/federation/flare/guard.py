@@ -11,7 +11,7 @@ from nvflare.apis.fl_constant import ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
 
-from fediod_med.errors import FediodError, ProtocolError
+from fediod_med.errors import ProtocolError
 from fediod_med.federation.flare.audit import AUDIT_FILE, AuditLog
 from fediod_med.federation.flare.egress import (
     REASONS,
@@ -45,7 +45,7 @@ class EgressGuard(Filter):
         audit = AuditLog(Path(fl_ctx.get_engine().get_workspace().root_dir) / AUDIT_FILE)
         try:
             return self._checked(shareable, fl_ctx.get_identity_name(), audit)
-        except (FediodError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # a check that fails is a refusal
             audit.write("refused", stage="egress", reason=f"{type(error).__name__}: {error}")
             raise ContentBlockedException("refused by this site's egress rules") from error
 
