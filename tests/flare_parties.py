@@ -117,6 +117,8 @@ class Parties:
                 for process in self._running.values():
                     process.poll()  # reaps it
                 time.sleep(0.1)
+        for process in self._running.values():
+            process.wait(timeout=10)
         self._running.clear()
         left = [pid for pid in everybody if alive(pid)]
         assert not left, f"processes left behind: {left}"

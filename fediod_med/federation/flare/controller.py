@@ -12,6 +12,7 @@ from typing import Any
 
 from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import ClientTask, Task
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
@@ -44,7 +45,7 @@ class DistillController(Controller):
         self._given = dict(settings)
         self._arrived = threading.Condition()
         self._found: dict[str, Mapping[str, Any] | str] = {}
-        self._late: set[str] = set()
+        self._heard: set[str] = set()
         self._pause = threading.Event()
         self._read = threading.Event()
         self._state = "starting"
@@ -87,7 +88,7 @@ class DistillController(Controller):
     ) -> None:
         """An answer after its trip had ended: dropped, but its hospital is alive."""
         with self._arrived:
-            self._late.add(client.name)
+            self._heard.add(client.name)
         logger.warning("%s: %s came too late", client.name, task_name)
 
     def carry(
@@ -124,11 +125,19 @@ class DistillController(Controller):
             raise SegmentEnd("the job was aborted")
         return {site: found.get(site, NO_REPLY) for site in contents}
 
-    def heard_late(self) -> frozenset[str]:
-        """See `remote.Courier.heard_late`."""
+    def heard(self) -> frozenset[str]:
+        """See `remote.Courier.heard`."""
         with self._arrived:
-            late, self._late = frozenset(self._late), set()
-        return late
+            heard, self._heard = frozenset(self._heard), set()
+        return heard
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """A hospital that looks for a task is alive, whatever it has missed."""
+        if event_type == EventType.BEFORE_PROCESS_TASK_REQUEST:
+            peer = fl_ctx.get_peer_context()
+            if peer is not None:
+                with self._arrived:
+                    self._heard.add(str(peer.get_identity_name()))
 
     def _run(self, fl_ctx: FLContext) -> None:
         settings = self._settings = read_settings(self._given)

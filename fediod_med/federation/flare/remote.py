@@ -40,8 +40,8 @@ class Courier(Protocol):
             grace_s: see `quorum`.
         """
 
-    def heard_late(self) -> frozenset[str]:
-        """Sites whose answer came after its trip had ended, since the last call."""
+    def heard(self) -> frozenset[str]:
+        """Sites that gave a sign of life since the last call: they look for work, or answered too late."""
 
 
 class RemoteFederation:
@@ -134,7 +134,7 @@ class RemoteFederation:
     def _travel(
         self, messages: Mapping[str, bytes], queries: Mapping[str, Query], *, quorum: int, timeout_s: float
     ) -> dict[str, bytes | str]:
-        for site in self._courier.heard_late():
+        for site in self._courier.heard():
             self.misses[site] = 0
         asked = [site for site in messages if site not in self.absent]
         if len(asked) < min(quorum, len(messages)):

@@ -1,0 +1,242 @@
+"""What the engine costs a round: hospitals as processes with mutual TLS on loopback, against the same ones embedded.
+
+    python benchmarks/federation.py [--rounds 30] [--size 64] [--delay-ms 0] [--stall 0] [--sites 3]
+
+Both ways run the same rounds on the same phantom hospitals with small untrained teachers and without student steps, so
+that little but messages is left; a round's cost over the engine is its median time less the embedded one's. Every
+second round has two trips. Hospitals of the engine compute side by side where there are cores for it, embedded ones in
+turn. Also printed: processor seconds of all processes a round, which another load on the machine disturbs less; bytes;
+and resident memory of each job process after a tenth of the rounds and at the end, which shows growth (--rounds 500).
+
+With --delay-ms, every byte between hospitals and server is held back so long in each direction by a relay, and with
+--stall a share of the pieces waits another 200 ms, as a lost packet would make them (Linux's shortest TCP timeout).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from fediod_med.federation.flare.centre import run_rounds
+from fediod_med.federation.flare.egress import default_rules
+from fediod_med.federation.flare.launch import server_command, site_command
+from fediod_med.federation.flare.provision import provision
+from fediod_med.federation.flare.settings import RunSettings, read_settings
+from fediod_med.federation.flare.supervisor import COMPLETED, Supervisor
+from fediod_med.hospitals import open_federation, open_hospital
+from fediod_med.site_gate import open_gate
+from fediod_med.sites import load_site
+from tests.flare_parties import SPACING, Parties, family, free_port, parties, write_hospitals
+
+STALL_S = 0.2
+PIECE = 1 << 16
+
+
+def settings_for(names: list[str], rounds: int, size: int) -> RunSettings:
+    return read_settings(
+        {
+            "run_id": f"benchmark-{rounds}",
+            "sites": names,
+            "spacing": SPACING,
+            "roi": size,
+            "pool": 2,
+            "quorum": len(names),
+            "schedule": {"rounds": rounds, "batch": 1, "student_steps": 0, "replay": 2, "checkpoint_every": rounds},
+            "fetch_interval_s": 0.05,
+            "data_name": "phantoms",
+        }
+    )
+
+
+def embedded(root: Path, settings: RunSettings) -> dict[str, float]:
+    """Median seconds of a round and processor seconds a round, all hospitals in this process."""
+    opened = []
+    for name in settings.sites:
+        site = load_site(root / "sites" / name)
+        opened.append(
+            open_hospital(
+                site,
+                open_gate(site),
+                out=root / "embedded",
+                seed=0,
+                device="cpu",
+                teachers=root / "sites",
+                sampler=None,
+                on_epoch=lambda _a, _b, _c: None,
+                on_step=lambda _a, _b: None,
+            )
+        )
+    federation = open_federation(
+        opened,
+        out=root / "embedded",
+        seed=0,
+        run_id=settings.run_id,
+        device=torch.device("cpu"),
+        adversarial=True,
+    )
+    walls, began, used = [], time.perf_counter(), time.process_time()
+
+    def on_round(record: Mapping[str, float]) -> None:
+        nonlocal began, used
+        walls.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        if record["round"] == 1:
+            used = time.process_time()
+
+    run_rounds(federation, settings, folder=root / "embedded", device="cpu", on_round=on_round)
+    processor = (time.process_time() - used) / max(1, len(walls) - 1)
+    return {"wall": statistics.median(walls[1:]), "processor": processor, "bytes": sum(federation.bytes_up.values())}
+
+
+def engine(root: Path, settings: RunSettings, *, delay_s: float, stall: float) -> dict[str, Any]:
+    """The same over the engine."""
+    names = list(settings.sites)
+    kits = provision(
+        root / "kits",
+        server="localhost",
+        port=free_port(),
+        sites=names,
+        egress=default_rules(batch=1, size=settings.roi),
+    )
+    for name in names:
+        text = f"site: {root}/sites/{name}\ndevice: cpu\n"
+        (kits[name] / "local" / "fediod.yaml").write_text(text, encoding="utf-8")
+    (kits["server"] / "local" / "fediod.yaml").write_text("device: cpu\n", encoding="utf-8")
+    if delay_s or stall:
+        for name in names:
+            _through_relay(kits[name], delay_s, stall)
+    seen: dict[int, dict[str, dict[str, float]]] = {}
+    with parties(root / "logs") as started:
+        started.start("server", server_command(kits["server"]))
+        for name in names:
+            started.start(name, site_command(kits[name]))
+        supervisor = Supervisor(kits["admin"], settings, announce=lambda line: print(line, file=sys.stderr))
+        watcher = threading.Thread(target=_watch, args=(started, names, supervisor, seen), daemon=True)
+        watcher.start()
+        record = supervisor.run()
+    if record["state"] != COMPLETED:
+        raise SystemExit(f"the run ended {record['state']}: {record['reason']}")
+    first, last = min(seen), max(seen)
+    return {"status": record["status"], "first": (first, seen[first]), "last": (last, seen[last])}
+
+
+def _watch(
+    started: Parties, names: list[str], supervisor: Supervisor, seen: dict[int, dict[str, dict[str, float]]]
+) -> None:
+    """Memory (MB) and processor seconds of each party's processes, by round."""
+    while True:
+        number = int(supervisor._record["status"].get("round", 0))
+        if number and number not in seen:
+            try:
+                seen[number] = {name: _use(family(started.pid(name))) for name in ("server", *names)}
+            except (KeyError, OSError):
+                return
+        time.sleep(1)
+
+
+def _use(pids: list[int]) -> dict[str, float]:
+    memory = processor = 0.0
+    for pid in pids:
+        memory += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        processor += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return {"memory": memory, "processor": processor}
+
+
+def _through_relay(kit: Path, delay_s: float, stall: float) -> None:
+    """Put a slow relay between a hospital and the server, and point the hospital's kit at it."""
+    path = kit / "startup" / "fed_client.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    service = config["servers"][0]["service"]
+    port, to = free_port(), int(service["target"].rpartition(":")[2])
+    service["target"] = f"localhost:{port}"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    threading.Thread(target=lambda: asyncio.run(_relay(port, to, delay_s, stall)), daemon=True).start()
+
+
+async def _relay(port: int, to: int, delay_s: float, stall: float) -> None:
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", to)
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(
+            _hold_back(reader, far_writer, delay_s, stall), _hold_back(far_reader, writer, delay_s, stall)
+        )
+
+    async with await asyncio.start_server(accept, "127.0.0.1", port) as server:
+        await server.serve_forever()
+
+
+async def _hold_back(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float, stall: float) -> None:
+    """Pass pieces on in order, each `delay_s` after it came, some of them later."""
+    queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(256)
+
+    async def send() -> None:
+        while True:
+            due, piece = await queue.get()
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            writer.write(piece)
+            await writer.drain()
+            if not piece:
+                writer.close()
+                return
+
+    sending = asyncio.create_task(send())
+    try:
+        while piece := await reader.read(PIECE):
+            late = STALL_S if random.random() < stall else 0.0
+            await queue.put((time.monotonic() + delay_s + late, piece))
+    except ConnectionError:
+        pass
+    await queue.put((time.monotonic(), b""))
+    await asyncio.gather(sending, return_exceptions=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--sites", type=int, default=3)
+    parser.add_argument("--delay-ms", type=float, default=0.0)
+    parser.add_argument("--stall", type=float, default=0.0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    names = [f"site-{number}" for number in range(1, given.sites + 1)]
+    settings = settings_for(names, given.rounds, given.size)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        write_hospitals(root, names, roi=given.size)
+        plain = embedded(root, settings)
+        found = engine(root, settings, delay_s=given.delay_ms / 1000, stall=given.stall)
+    wall = float(found["status"]["seconds_per_round"])
+    (first, before), (last, after) = found["first"], found["last"]
+    used = sum(after[name]["processor"] - before[name]["processor"] for name in after) / max(1, last - first)
+    print(f"{given.sites} sites, 1 x 4 x {given.size}^3, {given.rounds} rounds, load {os.getloadavg()[0]:.1f}")
+    print(f"embedded {plain['wall']:.3f} s a round, {plain['processor']:.3f} processor s")
+    print(f"engine   {wall:.3f} s a round (median of the last 20), {used:.3f} processor s")
+    print(f"overhead {wall - plain['wall']:.3f} s a round, ratio {wall / plain['wall']:.2f}")
+    print(f"bytes up {plain['bytes'] / 1e6 / given.rounds:.2f} MB a round")
+    for name in after:
+        grown = after[name]["memory"] - before[name]["memory"]
+        print(f"memory   {name}: {before[name]['memory']:.0f} MB at round {first}, {grown:+.0f} MB by round {last}")
+
+
+if __name__ == "__main__":
+    main()
