@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import typer
 
-from fediod_med.cli import about, compare, federation, privacy, review, scans, site, whole_runs
+from fediod_med.cli import about, compare, experiments, federation, privacy, review, scans, site, whole_runs
 from fediod_med.errors import FediodError
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 
@@ -27,6 +27,7 @@ def command_line() -> typer.Typer:
         help=f"{purpose} {NOT_FOR_CLINICAL_USE}",
     )
     _add(app, whole_runs.demo, whole_runs.phantoms, whole_runs.prior, whole_runs.distill, compare.compare)
+    _add(app, experiments.experiment)
     _add(app, scans.segment, scans.check, scans.evaluate, review.review, about.info)
     hospital = typer.Typer(no_args_is_help=True, help="One hospital: its settings, its teacher, its own evaluation.")
     _add(hospital, site.init, site.verify, site.train, site.evaluate)
