@@ -166,7 +166,7 @@ def test_a_run_survives_the_death_of_every_party_and_charges_each_query_once(tmp
     write_hospitals(tmp_path, NAMES, privacy={"south": GRADIENT.format(releases=400)})
     kits = make_kits(tmp_path)
     start_all(started, kits)
-    rounds = 60
+    rounds = 40
     started.start("submit", submission(kits, "hard", rounds=rounds, quorum=2, grace=2, checkpoint_every=10))
 
     def past(number: int) -> None:
@@ -174,10 +174,10 @@ def test_a_run_survives_the_death_of_every_party_and_charges_each_query_once(tmp
 
     past(4)
     started.kill("north")  # a hospital loses power
-    past(8)
+    past(6)
     started.start("north", fediod("federation", "site", kits / "north"))
     wait_for("north to be back", lambda: len(record(kits, "hard")["segments"]) >= 2, timeout_s=10 * PATIENCE_S)
-    past(14)
+    past(9)
 
     west = started.job_process("west")  # a hospital that answers after the timeout
     os.kill(west, signal.SIGSTOP)

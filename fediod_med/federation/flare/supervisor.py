@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ COMPLETED, FAILED, STOPPED, ACTIVE = "completed", "failed", "stopped", "active"
 ENDED = ("done", "paused", "short", "failed")  # states in which a segment reports its last word
 FRESH_S = 30.0  # a hospital that was heard from so recently is connected; heartbeats come every 10 s
 LONGEST_PAUSE_S = 30.0
+LAST_WORD_S = 15.0  # that the engine may take to end a job whose segment is over
 _FINISHED = "FINISHED"
 
 
@@ -125,7 +127,7 @@ class Supervisor:
         return False
 
     def _watch(self, engine: Session, job: str) -> tuple[str, str]:
-        asked_to_pause = False
+        asked_to_pause, over_since = False, math.inf
         while True:
             standing = str(engine.get_job_meta(job)["status"])
             if standing == "RUNNING":
@@ -143,6 +145,11 @@ class Supervisor:
             if self._stopped():
                 engine.abort_job(job)
                 return "stopped", ""
+            if self._record["status"].get("job") == job and self._record["status"].get("state") in ENDED:
+                over_since = min(over_since, time.monotonic())
+            if time.monotonic() > over_since + LAST_WORD_S:
+                engine.abort_job(job)  # it has said its last word; only the engine waits for somebody who is gone
+                over_since = math.inf
             time.sleep(self._poll_s)
 
     def _look(self, engine: Session, job: str) -> None:
