@@ -397,16 +397,20 @@ def generator_rounds(schedule: Schedule) -> int:
     return schedule.rounds - math.floor(schedule.rounds * schedule.phantom_share)
 
 
-def snapshot_rounds(schedule: Schedule, *, generator: bool, public: bool) -> tuple[int, ...]:
-    """Rounds handed to `on_snapshot`: of those that ask about the generator's volumes the first, quarters and last.
+def asking_rounds(schedule: Schedule, *, public: bool) -> tuple[int, ...]:
+    """Numbers of the rounds that ask about the generator's volumes, counted from 1.
 
     Args:
-        schedule: of the run.
-        generator: whether there is one; without it no round is kept.
+        schedule: of a run with a generator.
         public: whether there is a public sampler, and so rounds that ask about phantoms.
     """
     share = schedule.phantom_share if public else 0.0
-    asked = [n for n in range(1, schedule.rounds + 1) if not _falls_on_phantoms(n, share)] if generator else []
+    return tuple(number for number in range(1, schedule.rounds + 1) if not _falls_on_phantoms(number, share))
+
+
+def snapshot_rounds(schedule: Schedule, *, generator: bool, public: bool) -> tuple[int, ...]:
+    """Rounds handed to `on_snapshot`: of `asking_rounds` the first, quarters and last; none without a generator."""
+    asked = asking_rounds(schedule, public=public) if generator else ()
     return tuple(sorted({asked[round((len(asked) - 1) * quarter / 4)] for quarter in range(5)})) if asked else ()
 
 
@@ -659,6 +663,20 @@ def synthetic_volumes(
 
     They lie as the heads do (axes right, anterior, superior); an unconditional generator names no sides.
     """
+    made = final_volumes(state, sampler=sampler, count=count, size=size, seed=seed, device=device)
+    return ((x, None if public is None else public.classes[0]) for x, public in made)
+
+
+def final_volumes(
+    state: DistillationState,
+    *,
+    sampler: PublicSampler | None,
+    count: int,
+    size: int,
+    seed: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, PublicBatch | None]]:
+    """`synthetic_volumes` with the phantom each was made from, a batch of one; both lie as the heads do."""
     source = None if state.generator_average is None else state.generator_average.module
     if source is not None:
         source.eval()
@@ -669,7 +687,43 @@ def synthetic_volumes(
         public = None if sampler is None else sampler.draw(10_000_000 + index, 1)
         with torch.no_grad():
             x = _synthesise(source, public, 1, size, random, device).cpu()
-        if public is None:
-            yield x[0], None
-        else:
-            yield upright(x, public.mirrored)[0], public.upright().classes[0]
+        yield (x[0], None) if public is None else (upright(x, public.mirrored)[0], public.upright())
+
+
+def asked_volumes(
+    state: DistillationState, *, schedule: Schedule, sampler: PublicSampler | None, count: int
+) -> tuple[Tensor, PublicBatch | None]:
+    """The newest volumes of the generator that hospitals answered about, from the replay buffer; nothing is made anew.
+
+    At most one for each phantom, so that none weighs twice.
+
+    Args:
+        state: of a run with a generator.
+        schedule: of that run.
+        sampler: of that run; `None` for an unconditional generator.
+        count: at most so many.
+
+    Returns:
+        `(N, 4, D, H, W)`, N may be 0, and the phantoms they were made from; both lie as the heads do.
+    """
+    chosen: list[Tensor] = []
+    phantoms: dict[int, PublicBatch] = {}
+    oldest = state.round - len(state.replay)  # the pair at the front is of the round after this one
+    for number in reversed(asking_rounds(schedule, public=sampler is not None)):
+        if not oldest < number <= state.round:
+            continue
+        x = state.replay[number - oldest - 1]["x"].float()
+        drawn = None if sampler is None else sampler.draw(number, schedule.batch)
+        for index in range(len(x)):
+            if len(chosen) == count:
+                break
+            if drawn is None:
+                chosen.append(x[index])
+                continue
+            one = drawn.only(index)
+            if (phantom := int(one.phantoms)) not in phantoms:
+                chosen.append(upright(x[index : index + 1], one.mirrored)[0])
+                phantoms[phantom] = one.upright()
+    if not chosen:
+        return torch.empty(0), None
+    return torch.stack(chosen), PublicBatch.of(list(phantoms.values())) if phantoms else None

@@ -20,7 +20,7 @@ from torch.nn import functional
 from fediod_med.errors import InputError, SettingsError
 
 PATCH_CELLS = 2  # cells of the deepest layer along the edge of a patch
-_MOSTLY_BRAIN = 0.5  # share of brain from which a patch counts
+_MOSTLY_BRAIN = 0.5  # share of brain from which a patch counts; the fullest one counts always
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ def bottleneck_features(network: nn.Module, volumes: Iterable[Tensor], *, device
             if not bool(share.any()):
                 raise InputError(f"features: expected a brain in volume {index}, found zeros only")
             rows.append(((deep * share).sum(dim=(2, 3, 4)) / share.sum()).cpu())
-            window = min(PATCH_CELLS, *deep.shape[2:])
-            covered = functional.avg_pool3d(share, window)
-            pooled = functional.avg_pool3d(deep * share, window) / covered.clamp_min(1e-6)
-            kept = (covered >= _MOSTLY_BRAIN)[0, 0]
+            grid = [-(-edge // PATCH_CELLS) for edge in deep.shape[2:]]  # patches overlap where edges are odd
+            covered = functional.adaptive_avg_pool3d(share, grid)
+            pooled = functional.adaptive_avg_pool3d(deep * share, grid) / covered.clamp_min(1e-6)
+            kept = (covered >= min(_MOSTLY_BRAIN, float(covered.max())))[0, 0]
             patches.append(pooled[0, :, kept].T.cpu())
             owners += [index] * len(patches[-1])
     if not rows:

@@ -25,7 +25,9 @@ from fediod_med.distillation import (
     DistillationState,
     GeneratorObjective,
     Schedule,
+    asked_volumes,
     distill,
+    final_volumes,
     snapshot_rounds,
     softmax_pull_back,
     synthetic_volumes,
@@ -514,6 +516,50 @@ def test_an_unconditional_generators_snapshot_has_no_phantom(bench: Bench) -> No
     taken: list[Snapshot] = []
     bench.distill(mode="unconditional", objective=PAPER_OBJECTIVE, sampler=None, on_snapshot=taken.append)
     assert len(taken) == 4 and all(snapshot.public is None for snapshot in taken)
+
+
+@pytest.mark.parametrize("replay", [100, 3])
+def test_asked_volumes_are_those_of_the_generators_newest_rounds_one_a_phantom(bench: Bench, replay: int) -> None:
+    asked: list[Query] = []
+    schedule = replace(SHORT, rounds=6, phantom_share=0.5, replay=replay)
+    state = bench.distill(federation=Unreliable(bench.nodes(), recorder(asked, "north")), schedule=schedule)
+    sent = {query.round: query.tensors["x"] for query in asked if query.kind == "answer"}
+    x, public = asked_volumes(state, schedule=schedule, sampler=bench.sampler, count=20)
+    assert public is not None and len(x) == len(set(public.phantoms.tolist()))
+    rounds = (5, 3, 1) if replay == 100 else (5,)
+    expected: dict[int, Tensor] = {}
+    for number in rounds:  # the newest volume of a phantom counts
+        drawn = bench.sampler.draw(number, 2)
+        for index, phantom in enumerate(drawn.phantoms.tolist()):
+            turned = upright(sent[number][index : index + 1], drawn.mirrored[index : index + 1])[0]
+            expected.setdefault(phantom, turned.half().float())
+    assert list(expected) == public.phantoms.tolist()
+    assert all(torch.equal(found, wanted) for found, wanted in zip(x, expected.values(), strict=True))
+    for volume, base in zip(x, public.base, strict=True):
+        assert torch.equal(volume == 0, base == 0) or (volume - base).abs().max() < 1
+    few, behind = asked_volumes(state, schedule=schedule, sampler=bench.sampler, count=1)
+    assert behind is not None and torch.equal(few[0], x[0]) and len(few) == len(behind.base) == 1
+
+
+def test_asked_volumes_of_an_unconditional_generator_and_of_none(bench: Bench) -> None:
+    state = bench.distill(mode="unconditional", objective=PAPER_OBJECTIVE, sampler=None)
+    x, public = asked_volumes(state, schedule=SHORT, sampler=None, count=5)
+    assert x.shape == (5, 4, SIZE, SIZE, SIZE) and public is None
+    assert torch.equal(x[0], state.replay[-1]["x"][0].float())
+    never = replace(SHORT, phantom_share=1.0)
+    x, public = asked_volumes(bench.distill(schedule=never), schedule=never, sampler=bench.sampler, count=5)
+    assert len(x) == 0 and public is None
+
+
+def test_final_volumes_name_their_phantoms(bench: Bench) -> None:
+    """An untrained generator returns them, so the pair must agree to the last voxel, mirrored draws or not."""
+    state = bench.distill(objective=NOTHING, schedule=replace(SHORT, rounds=1))
+    made = list(final_volumes(state, sampler=bench.sampler, count=4, size=SIZE, seed=5, device=CPU))
+    images, _ = bench.sampler.pool()
+    for x, public in made:
+        assert public is not None and torch.equal(x, public.base[0])
+        assert torch.equal(x, images[int(public.phantoms)].float())
+    assert any(bool(bench.sampler.draw(10_000_000 + i, 1).mirrored.any()) for i in range(4))
 
 
 # --- hospitals that fail ----------------------------------------------------------------------------------------------

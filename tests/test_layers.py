@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("segmentation",),  # new scans: read, checked, segmented, written
     ("case_report",),
     ("reporting", "audit_figures", "export"),
+    ("synthetic_report",),  # the generator's volumes, judged
     ("hospitals", "pooled", "canaries"),  # the hospitals of an embedded run, opened; their mechanisms, audited
     (
         "evaluation",

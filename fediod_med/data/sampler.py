@@ -6,7 +6,7 @@ Everything is fixed by seeds, so that an interrupted run draws what the uninterr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +59,17 @@ class PublicBatch:
             self.phantoms,
         )
 
+    def only(self, index: int) -> PublicBatch:
+        """A batch of one: volume number `index`."""
+        one = slice(index, index + 1)
+        return PublicBatch(self.base[one], self.tissues[one], self.classes[one], self.mirrored[one], self.phantoms[one])
+
+    @classmethod
+    def of(cls, batches: Sequence[PublicBatch]) -> PublicBatch:
+        """Several batches as one."""
+        names = [f.name for f in fields(cls)]
+        return cls(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in names})
+
 
 def upright(volumes: Tensor, mirrored: Tensor) -> Tensor:
     """Undo the mirroring of `(B, ..., D, H, W)`, made from a batch whose `mirrored` is `(B, 3)`."""
@@ -109,8 +120,8 @@ class PublicSampler:
             tissue_map = grow(anatomy, seed * 100_000 + i, profile)
             # A plain tensor: a MetaTensor would slow every later step and could not be read back from a checkpoint.
             image = convert_to_tensor(normalise(render(tissue_map, seed * 100_000 + i, profile)), track_meta=False)
-            self._images.append(_pad(image.half(), roi))
-            self._tissues.append(_pad(torch.from_numpy(tissue_map.tissues.astype(np.uint8))[None], roi)[0])
+            self._images.append(pad_to(image.half(), roi))
+            self._tissues.append(pad_to(torch.from_numpy(tissue_map.tissues.astype(np.uint8))[None], roi)[0])
             if progress is not None:
                 progress(i + 1, count)
 
@@ -201,7 +212,7 @@ def centre_window(image: Tensor, roi: int) -> tuple[slice, slice, slice]:
     return first, second, third
 
 
-def _pad(volume: Tensor, roi: int) -> Tensor:
+def pad_to(volume: Tensor, roi: int) -> Tensor:
     """Zero-pad `(S, D, H, W)` symmetrically to at least `roi` along each spatial axis."""
     pads: list[int] = []
     for edge in reversed(volume.shape[1:]):
