@@ -28,6 +28,16 @@ PAGES = {
     "privacy": "Privacy",
     "segment": "Segment",
 }
+# At rest: the script has ended, nothing fades, and every picture is there, all for a second.
+RESTED = """() => {
+    const idle = document.querySelector('[data-testid="stApp"][data-test-script-state="notRunning"]');
+    const fading = document.querySelector('[data-stale="true"]')
+        || document.getAnimations().some(each => each.playState === "running");
+    const drawn = [...document.images].every(image => image.complete && image.naturalWidth > 0);
+    if (!idle || fading || !drawn) window.restingSince = null;
+    else window.restingSince ??= performance.now();
+    return window.restingSince !== null && performance.now() - window.restingSince > 1000;
+}"""
 SIZES = ((1280, 800), (1920, 1080))
 
 
@@ -56,6 +66,7 @@ def main() -> None:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             for width, height in SIZES if options.large else SIZES[:1]:
                 page = browser.new_page(viewport={"width": width, "height": height})
+                page.set_default_timeout(120_000)
                 page.goto(f"http://127.0.0.1:{port}/?reviewer=reader-1")
                 for name, title in PAGES.items():
                     _shoot(page, title, options.out / f"app_{name}_{width}.png")
@@ -73,9 +84,9 @@ def _shoot(page: Page, title: str, path: Path) -> None:
         page.get_by_role("textbox", name="Reviewer code").fill("reader-1")
         page.get_by_role("textbox", name="Reviewer code").press("Enter")
         page.get_by_text("cases reviewed").wait_for()
-    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
-    page.wait_for_load_state("networkidle")
-    page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    page.evaluate("window.restingSince = null")
+    page.wait_for_function(RESTED)
+    page.mouse.move(0, 0)
     page.screenshot(path=path, animations="disabled")
     with Image.open(path) as picture:
         small = picture.convert("RGB").quantize(128)

@@ -91,7 +91,7 @@ def _run(run: Path) -> None:
         run / "history.json",
         {
             "rounds": [
-                {"round": r, "student": 0.1 * r, "realism": 0.2, "realism_sites": {"north": 0.1, "south": 0.3}}
+                {"round": r, "student": 0.1 * r, "realism": 0.2, "realism:north": 0.1, "realism:south": 0.3}
                 for r in (1, 2, 3)
             ]
         },

@@ -70,8 +70,8 @@ def test_every_page_keeps_both_banners(demo: Path, page: str | None, title: str)
 
 def test_overview_tells_promises_and_dice(demo: Path) -> None:
     app = opened()
-    facts, promises, dice = (found.value for found in app.dataframe[:3])
-    assert dict(facts.to_numpy())["run"] == "demo1"
+    promises, dice = (found.value for found in app.dataframe[:2])
+    assert dict(app.table[0].value.to_numpy())["run"] == "demo1"
     assert list(promises["promise"]) == ["private", "NOT PRIVATE"] and promises["epsilon (RDP)"][0] == 7.9
     assert list(dice["model"]) == ["teacher north", "teachers' ensemble", "student"] and dice["Dice WT"][2] == 0.7
 

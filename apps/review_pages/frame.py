@@ -28,13 +28,13 @@ CASE_PAGES = ("Cases", "Review")
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 """Of hospitals in charts: Okabe and Ito's, which colour-blind readers tell apart."""
 _STYLE = """<style>
-[data-testid="stMainBlockContainer"] {padding: 4rem 2rem 1rem 2rem;}
-[data-testid="stMainBlockContainer"] h1 {font-size: 1.6rem; padding: .2rem 0;}
+[data-testid="stMainBlockContainer"] {padding: 3.8rem 2rem 1rem 2rem;}
+[data-testid="stMainBlockContainer"] h1 {font-size: 1.5rem; padding: .1rem 0 .5rem 0;}
 [data-testid="stMainBlockContainer"] h3 {font-size: 1.2rem;}
 [data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] * {color: #454B55 !important; opacity: 1;}
 [data-testid="stVerticalBlock"] {gap: .6rem;}
 [class*="st-key-planes-"] [data-testid="stImage"] img {cursor: crosshair;}
-.banner {border-left: .5rem solid; padding: .35rem .8rem; margin: 0 0 .3rem 0; font-weight: 600; border-radius: .2rem;}
+.banner {border-left: .5rem solid; padding: .15rem .8rem; margin: 0; font-weight: 600; border-radius: .2rem;}
 .bare {background: #FDECEA; border-color: #B3261E; color: #7A1A14;}
 .private {background: #E8F1FB; border-color: #0B5CAD; color: #083F78;}
 .detail {font-weight: 400; font-size: .9rem;}
@@ -104,11 +104,11 @@ def draw(title: str) -> None:
         folders = [entry.name for entry in found if entry.kind == "cases"]
         with st.sidebar:
             st.header("fediod-med review")
+            st.caption("Folders are read, never written. Nothing leaves this machine.")
             if runs and title in RUN_PAGES:
                 st.selectbox("Run", runs, key="run", persist_state="session")
             if folders and title in CASE_PAGES:
                 st.selectbox("Segmented cases", folders, key="cases", persist_state="session")
-            st.caption("Folders are read, never written. Nothing leaves this machine.")
 
 
 def banner(words: str, detail: str = "") -> None:

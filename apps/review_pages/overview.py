@@ -53,11 +53,16 @@ def _about(run: RunFolder) -> None:
         for name, value in facts.items()
         if value is not None
     ]
-    st.dataframe(rows, hide_index=True, alt="Facts about the run")
+    st.table(rows, hide_index=True, hide_header=True, border="horizontal")
+
+
+def _whom(run: RunFolder) -> str:
+    """Whose scores these are: phantoms must not be taken for patients."""
+    return "phantoms (no patient)" if "phantom" in str((run.summary or {}).get("data", "")) else "patients"
 
 
 def _dice(run: RunFolder) -> None:
-    st.subheader("Dice on held-out patients of all hospitals")
+    st.subheader(f"Dice on held-out {_whom(run)} of all hospitals")
     rows = dice_rows(run)
     if not rows:
         st.warning(frame.plain(run.why("rows")))
@@ -71,7 +76,7 @@ def _per_site(run: RunFolder) -> None:
     rows = pd.DataFrame(site_rows(run))
     if rows.empty:
         return
-    st.subheader("Mean Dice per hospital")
+    st.subheader(f"Mean Dice per hospital, held-out {_whom(run)}")
     st.altair_chart(
         alt.Chart(rows)
         .mark_point(filled=True, size=90)
@@ -88,7 +93,7 @@ def _per_site(run: RunFolder) -> None:
 
 
 def _per_case(run: RunFolder) -> None:
-    st.subheader("Every held-out case")
+    st.subheader(f"Every case of the held-out {_whom(run)}")
     if run.scores is None:
         st.info(frame.plain(run.why("scores")))
         return

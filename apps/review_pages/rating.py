@@ -56,7 +56,9 @@ def page() -> None:
         ).strip()
     others = sorted({name for case in folder.cases.values() for name in case.others})
     modes = ["Open", *(f"Blinded A/B against {name}" for name in others)]
-    mode = st.segmented_control("Way", modes, default="Open", key=f"way-{folder.name}", required=True) or "Open"
+    mode = "Open"
+    if others:
+        mode = st.segmented_control("Way", modes, default="Open", key=f"way-{folder.name}", required=True) or "Open"
     other = None if mode == "Open" else others[modes.index(mode) - 1]
     if not reviewer:
         st.info("Enter a reviewer code at the side to begin.")
@@ -86,7 +88,7 @@ def _rate(folder: CaseFolder, reviewer: str, other: str | None) -> None:
     item = next(item for item in queue if item.case_id == at)
     st.markdown(f"**{frame.plain(at)}**: {frame.plain(item.reason)}")
     maps, hidden = _shown(folder, case, reviewer, other)
-    left, right = st.columns([3, 1.25])
+    left, right = st.columns([3.3, 1.15])
     with left:
         _pictures(folder, case, maps, hidden)
     with right:

@@ -74,11 +74,11 @@ def _viewer(
             "Regions", list(REGION_PALETTE), default=list(REGION_PALETTE), selection_mode="multi", key=f"{key}-shown"
         )
         opacity = first.slider("Opacity", 0.0, 1.0, 0.5, 0.05, key=f"{key}-opacity", width=160)
-        tools = st.columns([2, 2, 1], vertical_alignment="bottom")
-        drawn = tools[0].selectbox("Overlay", [*names, NONE], key=f"{key}-map") if names else NONE
+        tools = st.container(horizontal=True, vertical_alignment="bottom")
+        drawn = tools.selectbox("Overlay", [*names, NONE], key=f"{key}-map") if names else NONE
         rest = [name for name in names if name != drawn]
-        against = tools[1].selectbox("Difference to", [NONE, *rest], key=f"{key}-against") if rest else NONE
-        in_browser = _offer(key, tools[2])
+        against = tools.selectbox("Difference to", [NONE, *rest], key=f"{key}-against") if rest else NONE
+        in_browser = _offer(key, tools)
         planes = st.container(key=f"planes-{_slug(key)}")
         state = _states(key, image, fit)
         place_of = point_of(image, {plane: st.session_state[name] for plane, name in state.items()})
@@ -165,6 +165,7 @@ def _offer(key: str, place: DeltaGenerator) -> bool:
         "Interactive",
         key=f"{key}-in-browser",
         disabled=unable is not None,
+        width="content",
         help="Drawn by the browser (WebGL2): drag the crosshair, wheel for slices, right button to pan.",
     )
     if unable is not None:

@@ -68,8 +68,8 @@ def site_rows(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def privacy_rows(run: RunFolder) -> list[dict[str, Any]]:
-    """One row per hospital: promise, epsilon by both accountants, budget, delta and declared patients."""
-    return [
+    """One row per hospital: promise, epsilon by both accountants, budget, delta and patients, as far as any has it."""
+    rows: list[dict[str, Any]] = [
         {
             "hospital": terms.site,
             "promise": "private" if terms.private else "NOT PRIVATE",
@@ -82,6 +82,8 @@ def privacy_rows(run: RunFolder) -> list[dict[str, Any]]:
         }
         for terms in run.privacy or ()
     ]
+    told = {name for row in rows for name, value in row.items() if value is not None}
+    return [{name: value for name, value in row.items() if name in told} for row in rows]
 
 
 def privacy_words(run: RunFolder) -> str:
@@ -106,13 +108,10 @@ def progress_rows(run: RunFolder) -> list[dict[str, Any]]:
             if _is_number(entry.get(name)):
                 rows.append({"round": at, "quantity": words, "hospital": "all", "value": float(entry[name])})
         for name, found in entry.items():
-            if isinstance(found, Mapping):
-                words = f"{PROGRESS.get(name.split('_')[0], name)} by hospital"
-                rows += [
-                    {"round": at, "quantity": words, "hospital": str(site), "value": float(value)}
-                    for site, value in found.items()
-                    if _is_number(value)
-                ]
+            what, of_site, site = name.partition(":")
+            if of_site and _is_number(found):
+                words = f"{PROGRESS.get(what, what)} by hospital"
+                rows.append({"round": at, "quantity": words, "hospital": site, "value": float(found)})
     return rows
 
 
