@@ -302,6 +302,27 @@ def _accept_once(listener: socket.socket, context: ssl.SSLContext) -> None:
             return
 
 
+def test_a_hospital_can_be_added_under_the_same_authority(tmp_path: Path) -> None:
+    from fediod_med.federation.flare.provision import provision
+
+    kits = make_kits(tmp_path, ["north"])
+    more = provision(
+        tmp_path / "more",
+        server="localhost",
+        port=8002,
+        sites=["east"],
+        egress=default_rules(batch=2, size=ROI),
+        authority=kits / "authority",
+    )
+    assert set(more) == {"east"}
+    first, added = (kit / "startup" / "rootCA.pem" for kit in (kits / "north", more["east"]))
+    assert added.read_bytes() == first.read_bytes()
+    words = ["openssl", "verify", "-CAfile", str(first), str(more["east"] / "startup" / "client.crt")]
+    if shutil.which("openssl"):
+        assert subprocess.run(words, capture_output=True, check=False).returncode == 0
+    assert (kits / "north" / "startup" / "client.key").stat().st_mode & 0o077 == 0
+
+
 def change_json(path: Path, **values: object) -> None:
     found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**found, **values}), encoding="utf-8")

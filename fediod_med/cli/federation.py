@@ -26,6 +26,7 @@ def provision(
     roi: Annotated[int, typer.Option(help="Edge of a synthetic volume, voxels: the largest that may leave.")] = 48,
     batch: Annotated[int, typer.Option(help="Synthetic volumes a round: the most that may leave at once.")] = 2,
     floor: Annotated[str, typer.Option(help="Weakest privacy mode that may leave: none, gradient, dp-sgd.")] = "none",
+    authority: Annotated[Path | None, typer.Option(help="Of an earlier call: makes kits of more hospitals.")] = None,
 ) -> None:
     """Make a startup kit with mutual TLS for the server, the administrator and each hospital."""
     _engine_at_hand()
@@ -35,7 +36,13 @@ def provision(
     if floor not in MODES:
         raise SettingsError(f"--floor: expected {', '.join(MODES)}, found {floor!r}")
     kits = make_kits(
-        out, server=server, port=port, sites=site, egress=default_rules(batch=batch, size=roi), floor_mode=floor
+        out,
+        server=server,
+        port=port,
+        sites=site,
+        egress=default_rules(batch=batch, size=roi),
+        floor_mode=floor,
+        authority=authority,
     )
     for name, kit in kits.items():
         typer.echo(f"{name}: {kit}")

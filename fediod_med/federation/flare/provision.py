@@ -34,7 +34,14 @@ _NO_RIGHTS = ("clone_job", "download_job", "operate", "shell_commands", "byoc", 
 
 
 def provision(
-    out: Path, *, server: str, port: int, sites: Sequence[str], egress: dict[str, Any], floor_mode: str = "none"
+    out: Path,
+    *,
+    server: str,
+    port: int,
+    sites: Sequence[str],
+    egress: dict[str, Any],
+    floor_mode: str = "none",
+    authority: Path | None = None,
 ) -> dict[str, Path]:
     """Make kits below `out`, one folder a party; returns them by name (`server`, `admin`, and each site).
 
@@ -45,26 +52,34 @@ def provision(
         sites: names as in their site files.
         egress: rules for `privacy.json`, see `egress.default_rules`.
         floor_mode: the weakest privacy mode that the sites' guards let out, at first.
+        authority: folder of an earlier call; its server then knows these hospitals too, and only their kits are made.
 
     Raises:
-        SettingsError: a name that cannot stand in a certificate, a folder in use, or the engine's tool fails.
+        SettingsError: a name that cannot stand in a certificate, a folder in use, no such authority, or the engine's
+            tool fails.
     """
     check_names(server, port, sites)
+    if authority is not None and not (authority / "cert.json").is_file():
+        raise SettingsError(f"{authority}: expected the authority of an earlier provision, found none")
     if out.is_dir() and any(out.iterdir()):
         raise SettingsError(f"{out}: expected a new or empty folder, found files; kits are made once, choose another")
     with tempfile.TemporaryDirectory() as scratch:
+        if authority is not None:
+            shutil.copytree(authority, Path(scratch) / "made" / PROJECT / "state")
         project = Path(scratch) / "project.yml"
         project.write_text(yaml.safe_dump(_project(server, port, sites)), encoding="utf-8")
         command = [sys.executable, "-m", "nvflare.cli", "provision", "-p", str(project), "-w", f"{scratch}/made"]
+        command += ["--force"] if authority is not None else []  # it asks before it goes on with a folder that exists
         done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
         made = Path(scratch) / "made" / PROJECT / "prod_00"
         if done.returncode or not made.is_dir():
             raise SettingsError(f"{out}: nvflare provision failed: {(done.stdout + done.stderr).strip()[-800:]}")
-        kits = {"server": server, "admin": ADMIN} | {site: site for site in sites}
+        kits = ({} if authority is not None else {"server": server, "admin": ADMIN}) | {site: site for site in sites}
         for kit, folder in kits.items():
             shutil.copytree(made / folder, out / kit)
         shutil.copytree(made.parent / "state", out / "authority")
-    _close_server(out / "server")
+    if authority is None:
+        _close_server(out / "server")
     for site in sites:
         _close_site(out / site, egress, floor_mode)
     for secret in (out / "authority", *(out / kit / "startup" for kit in kits)):
