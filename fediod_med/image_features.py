@@ -59,11 +59,12 @@ def bottleneck_features(network: nn.Module, volumes: Iterable[Tensor], *, device
             for layer in layers:
                 deep = layer(deep)
             brain = (x != 0).any(dim=1, keepdim=True).float()
-            share = functional.adaptive_avg_pool3d(brain, deep.shape[2:])
+            depth, height, width = deep.shape[2:]
+            share = functional.adaptive_avg_pool3d(brain, (depth, height, width))
             if not bool(share.any()):
                 raise InputError(f"features: expected a brain in volume {index}, found zeros only")
             rows.append(((deep * share).sum(dim=(2, 3, 4)) / share.sum()).cpu())
-            grid = [-(-edge // PATCH_CELLS) for edge in deep.shape[2:]]  # patches overlap where edges are odd
+            grid = (_patches(depth), _patches(height), _patches(width))
             covered = functional.adaptive_avg_pool3d(share, grid)
             pooled = functional.adaptive_avg_pool3d(deep * share, grid) / covered.clamp_min(1e-6)
             kept = (covered >= min(_MOSTLY_BRAIN, float(covered.max())))[0, 0]
@@ -72,6 +73,11 @@ def bottleneck_features(network: nn.Module, volumes: Iterable[Tensor], *, device
     if not rows:
         raise InputError("features: expected at least one volume, found none")
     return Features(torch.cat(rows).double().numpy(), torch.cat(patches).double().numpy(), np.array(owners, np.intp))
+
+
+def _patches(cells: int) -> int:
+    """Patches along an edge; they overlap where its cells are odd in number."""
+    return -(-cells // PATCH_CELLS)
 
 
 def _down_path(network: nn.Module) -> list[nn.Module]:

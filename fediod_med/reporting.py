@@ -80,6 +80,27 @@ class PanelRow:
     affine: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class RoundRow:
+    """One round of `write_rounds`: a synthetic volume beside the phantom it was made from.
+
+    Attributes:
+        round: shown at the left.
+        phantom: `(4, X, Y, Z)`, z-scores, the sequences in the usual order.
+        synthetic: `(4, X, Y, Z)`.
+        labels: `(X, Y, Z)` class map of the phantom.
+        ensemble: `(X, Y, Z)` what the hospitals together made of the synthetic volume.
+        affine: voxel to world matrix.
+    """
+
+    round: int
+    phantom: np.ndarray
+    synthetic: np.ndarray
+    labels: np.ndarray
+    ensemble: np.ndarray
+    affine: np.ndarray
+
+
 # --- scans ------------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +211,79 @@ def write_panel(path: Path, rows: Sequence[PanelRow], *, title: str = "", banner
     _class_legend(figure)
     _footer(figure, banner)
     return _save(figure, path)
+
+
+def write_rounds(
+    path: Path, rows: Sequence[RoundRow], *, sequences: Sequence[str] = ("T1c", "FLAIR"), title: str = "", banner: str
+) -> Path:
+    """Axial slices by round: phantom, synthetic volume and the change between them, for each of `sequences`.
+
+    Outlines are the public label map on the phantom and the ensemble's answer on the synthetic volume; the slice is
+    where the label map is largest. Phantom and synthetic share their grey values; all changes share their colours. The
+    picture's description for those who cannot see it is in the PNG's text (`Description`).
+
+    Args:
+        path: of the PNG.
+        rows: one a round.
+        sequences: which to show, of `labels.SEQUENCES`.
+        title: first line.
+        banner: as in `write_preview`.
+
+    Raises:
+        InputError: no rows, or a row whose arrays do not fit each other.
+    """
+    if not rows:
+        raise InputError("rounds: expected at least one round, found none")
+    for row in rows:
+        shape = row.labels.shape
+        if row.phantom.shape != (4, *shape) or row.synthetic.shape != (4, *shape) or row.ensemble.shape != shape:
+            raise InputError(
+                f"round {row.round}: expected phantom and synthetic (4, X, Y, Z) with class maps (X, Y, Z), found "
+                f"{row.phantom.shape}, {row.synthetic.shape}, {shape}, {row.ensemble.shape}"
+            )
+    chosen = [SEQUENCES.index(name) for name in sequences]
+    changes = np.concatenate([np.abs(row.synthetic[chosen] - row.phantom[chosen]).ravel() for row in rows])
+    limit = max(float(np.percentile(changes, 99.9)), 0.01)
+    largest = float(changes.max())
+    told = "Outlines: public labels on the phantom, the hospitals' ensemble on the synthetic volume."
+    figure = _figure(2.1 * 3 * len(chosen) + 0.6, 2.25 * len(rows) + 1.7, title=title, subtitle=told, legend=True)
+    grid = figure.subplots(len(rows), 3 * len(chosen), squeeze=False)
+    shown = None
+    for line, row in zip(grid, rows, strict=True):
+        guide, spacing = _to_lps(row.labels, row.affine)
+        answer, _ = _to_lps(row.ensemble, row.affine)
+        box = _brain_box([guide, *(_to_lps(channel, row.affine)[0] for channel in row.phantom)])
+        for group, index in enumerate(chosen):
+            before, after = (_to_lps(v[index], row.affine)[0][box] for v in (row.phantom, row.synthetic))
+            centre, window = _focus(guide[box], before), _window(before)
+            first = line[3 * group : 3 * group + 3]
+            for axes, volume, labels in zip(first, (before, after), (guide[box], answer[box]), strict=False):
+                letters = group == 0 and volume is before
+                _show(axes, volume, labels, 0, centre, spacing, window, outline=True, letters=letters)
+            shown = first[2].imshow(
+                (after - before)[:, :, centre[2]].T,
+                cmap="RdBu_r",
+                vmin=-limit,
+                vmax=limit,
+                aspect=float(spacing[1] / spacing[0]),
+                interpolation="nearest",
+            )
+            first[2].set_axis_off()
+        line[0].set_ylabel(f"round {row.round}", fontsize=12)
+    for group, name in enumerate(sequences):
+        for axes, word in zip(grid[0][3 * group :], ("phantom", "synthetic", "change"), strict=False):
+            axes.set_title(f"{name} {word}", fontsize=12)
+    assert shown is not None
+    bar = figure.colorbar(shown, ax=grid[:, -1], shrink=0.8, aspect=30)
+    bar.set_label("change, z-scores", fontsize=11)
+    _class_legend(figure)
+    _footer(figure, banner)
+    numbers = ", ".join(str(row.round) for row in rows)
+    alt = (
+        f"Axial slices of synthetic volumes beside the phantoms they were made from, in rounds {numbers}; "
+        f"{' and '.join(sequences)}. The largest change of a voxel is {largest:.2f} z-scores. {NOT_FOR_CLINICAL_USE}"
+    )
+    return _save(figure, path, description=alt)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -529,9 +623,10 @@ def _plain(axes: Axes) -> None:
     axes.tick_params(labelsize=10)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path, *, description: str = "") -> Path:
     FigureCanvasAgg(figure)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
+    text = {"Description": description} if description else None
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI, metadata=text))
     return path
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import torch
 from torch import Tensor
@@ -87,6 +88,42 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, spacing: float) -> Path:
             maps["labels"] = snapshot.public.classes[index]
         write_synthetic(home / f"synthetic-{index:02d}", x, maps=maps, phantom=phantom, spacing=spacing)
     return home
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRound:
+    """The first volume of a written snapshot that was made from a phantom.
+
+    Attributes:
+        round: counted from 1.
+        x: `(4, D, H, W)`.
+        phantom: `(4, D, H, W)`.
+        labels: `(D, H, W)` uint8, class map of the phantom.
+        ensemble: `(D, H, W)` uint8, the merged answers' class map.
+        affine: `(4, 4)`, RAS.
+    """
+
+    round: int
+    x: np.ndarray
+    phantom: np.ndarray
+    labels: np.ndarray
+    ensemble: np.ndarray
+    affine: np.ndarray
+
+
+def read_rounds(folder: Path) -> tuple[StoredRound, ...]:
+    """What `write_snapshot` left below `folder`, by round: of each the first volume, where it has a phantom."""
+    found = []
+    for path in sorted(folder.glob("round-*/synthetic-00_phantom.nii.gz")):
+
+        def read(suffix: str, home: Path = path.parent) -> np.ndarray:
+            return np.asarray(nibabel.load(home / f"synthetic-00{suffix}.nii.gz").dataobj)
+
+        affine = np.asarray(nibabel.load(path).affine)
+        x, phantom = (np.moveaxis(read(suffix), -1, 0) for suffix in ("", "_phantom"))
+        number = int(path.parent.name.removeprefix("round-"))
+        found.append(StoredRound(number, x, phantom, read("_labels"), read("_ensemble"), affine))
+    return tuple(found)
 
 
 def write_synthetic(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fediod_med.inference import Segmentation
 from fediod_med.reporting import (
     CLASS_COLOURS,
     PanelRow,
+    RoundRow,
     preview,
     results_markdown,
     results_table,
@@ -24,6 +26,7 @@ from fediod_med.reporting import (
     write_figures,
     write_panel,
     write_preview,
+    write_rounds,
     write_training_curves,
 )
 
@@ -171,6 +174,45 @@ def test_panel_shows_overlays_only_in_rows_that_have_one(tmp_path: Path) -> None
     legend = int(0.86 * len(rgb))
     assert len(rows[rows < legend])
     assert rows.min() > 0.45 * len(rgb)
+
+
+def round_row(number: int, change: float) -> RoundRow:
+    image, classes = head_with_mark()
+    phantom = np.stack([np.where(image > 0, 1.0, 0.0)] * 4)
+    synthetic = phantom.copy()
+    synthetic[3, 10:30, 10:30] += change
+    return RoundRow(number, phantom, synthetic, classes, classes, RAS)
+
+
+def test_rounds_show_where_a_volume_left_its_phantom(tmp_path: Path) -> None:
+    """A FLAIR that became darker is blue in the change of FLAIR, brighter red, and T1c stays without colour."""
+    colours = []
+    for change in (-0.4, 0.4):
+        rgb = pixels(write_rounds(tmp_path / "rounds.png", [round_row(3, change)], banner="NOT PRIVATE"))
+        columns = rgb[:, : int(0.93 * rgb.shape[1])]  # without the colour bar
+        blue = (columns[..., 2] - columns[..., 0] > 50) & (columns[..., 2] - columns[..., 1] > 20)
+        red = (columns[..., 0] - columns[..., 2] > 50) & (columns[..., 0] - columns[..., 1] > 80)
+        colours.append([int(part[: int(0.8 * len(part))].sum()) for part in (blue, red)])
+        half = columns.shape[1] // 2
+        assert max(int(part[: int(0.8 * len(part)), :half].sum()) for part in (blue, red)) < 0.02 * max(colours[-1])
+    (darker_blue, darker_red), (brighter_blue, brighter_red) = colours
+    assert darker_blue > 2000 > darker_red and brighter_red > 2000 > brighter_blue
+
+
+def test_rounds_describe_themselves_in_words(tmp_path: Path) -> None:
+    path = write_rounds(tmp_path / "rounds.png", [round_row(1, 0.0), round_row(30, 0.25)], banner="NOT PRIVATE")
+    with Image.open(path) as image:
+        words = image.info["Description"]
+        assert image.height > image.width * 0.35
+    assert "rounds 1, 30" in words and "0.25 z-scores" in words and "Not for clinical use" in words
+
+
+def test_rounds_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least one round"):
+        write_rounds(tmp_path / "rounds.png", [], banner="")
+    row = round_row(4, 0.1)
+    with pytest.raises(InputError, match="round 4: expected phantom"):
+        write_rounds(tmp_path / "rounds.png", [replace(row, ensemble=row.ensemble[1:])], banner="")
 
 
 def test_training_curves_accept_gaps_negative_values_and_words(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from fediod_med.data.phantoms import Grid, load_anatomy
 from fediod_med.data.sampler import PublicSampler
-from fediod_med.snapshots import take_snapshot, write_snapshot
+from fediod_med.snapshots import read_rounds, take_snapshot, write_snapshot
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,28 @@ def test_every_file_of_a_round(sampler: PublicSampler, tmp_path: Path) -> None:
         assert image.header.get_zooms()[:3] == (12.0, 12.0, 12.0)
         assert np.array_equal(np.asarray(image.dataobj), snapshot.answers["north"][index].argmax(0).numpy())
         assert not np.array_equal(read(stem.with_name(f"{stem.name}_student.nii.gz")), np.asarray(image.dataobj))
+
+
+def test_written_rounds_are_read_back_in_order(sampler: PublicSampler, tmp_path: Path) -> None:
+    for number in (20, 3):
+        public = sampler.draw(number, 1)
+        probs = torch.rand(1, 4, 16, 16, 16)
+        snapshot = take_snapshot(number, public.base + number, {}, probs, probs.flip(1), public)
+        write_snapshot(tmp_path, snapshot, spacing=12.0)
+    flat = torch.full((1, 4, 16, 16, 16), 0.25)
+    write_snapshot(tmp_path, take_snapshot(7, torch.randn(1, 4, 16, 16, 16), {}, flat, flat, None), spacing=12.0)
+    first, last = read_rounds(tmp_path)  # round 7 has no phantom
+    assert (first.round, last.round) == (3, 20)
+    expected = sampler.draw(20, 1).upright()
+    assert np.array_equal(last.phantom, expected.base[0].numpy()) and last.x.shape == (4, 16, 16, 16)
+    assert np.allclose(last.x, last.phantom + 20) and np.array_equal(last.labels, expected.classes[0].numpy())
+    assert np.array_equal(last.ensemble, snapshot_classes(tmp_path, 20))
+    assert nib.aff2axcodes(last.affine) == ("R", "A", "S")
+    assert read_rounds(tmp_path / "nowhere") == ()
+
+
+def snapshot_classes(folder: Path, number: int) -> np.ndarray:
+    return read(folder / f"round-{number:06d}" / "synthetic-00_ensemble.nii.gz")
 
 
 def test_left_is_left(sampler: PublicSampler, tmp_path: Path) -> None:
