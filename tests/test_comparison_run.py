@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -125,6 +126,23 @@ def fail_one_teacher(plan: Plan, task, device: str) -> str:
     return "no memory" if task.subject == "site:phantom-1" else attempt(plan, task, device)
 
 
+def die_once(plan: Plan, task: Task, device: str) -> str:
+    """A worker process that is killed in the middle of one task, the first time."""
+    mark = plan.out / "died"
+    if task.subject == "prior" and not mark.exists():
+        mark.write_text("")
+        os._exit(9)
+    return ""
+
+
+@pytest.mark.slow
+def test_a_task_whose_worker_dies_is_tried_once_more(sites, tmp_path) -> None:
+    plan = plan_in(tmp_path, sites, "prior")
+    outcome = run_tasks(plan, all_tasks(plan), devices=["cpu"], do=die_once)
+    assert (tmp_path / "died").exists() and not outcome.failed
+    assert outcome.done == {task.key for task in all_tasks(plan)}
+
+
 @pytest.mark.slow
 def test_a_failed_row_is_recorded_the_others_go_on_and_resuming_mends_it(finished, sites, tmp_path) -> None:
     plan = plan_in(tmp_path / "out", sites, "prior", "site:*", "one_shot")
@@ -175,7 +193,7 @@ def test_every_row_runs_in_worker_processes(sites, tmp_path) -> None:
     assert set(result.results["rows"]) == set(all_rows(plan.site_names))
     assert all(row["complete"] for row in result.results["rows"].values())
     updates = {
-        read_row(plan.out, plan.cells[0], row).record["student_updates"]
+        json.loads((row_folder(plan.out, plan.cells[0], row) / "record.json").read_text())["student_updates"]
         for row in ("ours", "kd_phantoms", "kd_noise", "asyndgan", "fediod_js_plus", "ours_without_gan")
     }
     assert updates == {SMOKE.rounds * SMOKE.student_steps}

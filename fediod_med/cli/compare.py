@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,7 +46,7 @@ def compare(
 
     if data_name not in ("patients", "phantoms"):
         raise SettingsError(f"--data-name: expected patients or phantoms, found {data_name!r}")
-    given = {"spacing": spacing, "roi": roi, "epochs": epochs, "rounds": rounds, "pool": pool}
+    given: dict[str, Any] = {"spacing": spacing, "roi": roi, "epochs": epochs, "rounds": rounds, "pool": pool}
     size = dataclasses.replace(
         get_profile(profile), **{key: value for key, value in given.items() if value is not None}
     )

@@ -1,6 +1,7 @@
 """Runs tasks in worker processes: each as soon as what it needs is done, on a device of its own.
 
-A task that fails is written down, with everything that waited for it, and the others go on.
+A task that fails is written down, with everything that waited for it, and the others go on. A task whose worker process
+died is tried once more.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def run_tasks(
     done = {task.key for task in tasks if task_done(plan, task)}
     failed: dict[str, str] = {}
     waiting = [task for task in tasks if task.key not in done]
+    tried_again: set[str] = set()
     free, running = list(devices), dict[Future[str], tuple[Task, str]]()
     pool = _workers(len(devices))
     try:
@@ -108,7 +110,11 @@ def run_tasks(
                     reason = future.result()
                 except BrokenProcessPool:
                     broken = True
-                    reason = "the worker process died (out of memory?); --resume tries again"
+                    reason = "its worker process died twice (out of memory?); use fewer --jobs and --resume"
+                    if task.key not in tried_again:  # perhaps another worker died, and this one only shared its pool
+                        tried_again.add(task.key)
+                        waiting.insert(0, task)
+                        continue
                 if reason:
                     waiting = _give_up(plan, task, reason, waiting, failed)
                 else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from fediod_med.checkpoints import write_atomically
@@ -23,5 +24,9 @@ def write_smoke_sites(out: Path, *, seed: int = 0) -> Path:
             f"# A phantom hospital: no patient.\nsite_name: {name}\nlayout: brats2018\nlabel_scheme: brats2018\n"
             f"dataset_dir: ../../data/{name}\nprivacy_mode: none\n"
         )
-        write_atomically(out / "sites" / name / "site.yaml", lambda path, text=text: path.write_text(text))
+        write_atomically(out / "sites" / name / "site.yaml", partial(_write, text))
     return out / "sites"
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")

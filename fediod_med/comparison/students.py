@@ -199,7 +199,8 @@ def _only_realism() -> GeneratorObjective:
 def _without(ours: Recipe, part: str) -> Recipe:
     """`ours` with one part switched off."""
     if part in ("gan", "clarity", "unique", "mask", "transfer", "competence"):
-        return dataclasses.replace(ours, objective=dataclasses.replace(ours.objective, **{part: 0.0}))
+        off: dict[str, Any] = {part: 0.0}
+        return dataclasses.replace(ours, objective=dataclasses.replace(ours.objective, **off))
     if part == "realism":
         return dataclasses.replace(ours, objective=dataclasses.replace(ours.objective, realism_weights=False))
     changed: dict[str, Any] = {

@@ -45,7 +45,9 @@ def all_tasks(plan: Plan) -> list[Task]:
         pool = f"pool-{cell.seed}"
         teachers = tuple(f"{cell.name}/{SITE}{name}" for name in plan.site_names)
         for row in plan.rows:
-            key, needs, kind, written, subject = f"{cell.name}/{row}", (pool,), "row", (row,), row
+            key, kind, subject = f"{cell.name}/{row}", "row", row
+            needs: tuple[str, ...] = (pool,)
+            written: tuple[str, ...] = (row,)
             if row == "prior":
                 needs = ()
             elif row in ENSEMBLES:
