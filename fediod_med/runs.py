@@ -33,23 +33,24 @@ from fediod_med.checkpoints import (
     write_atomically,
 )
 from fediod_med.data.layouts import Subject
-from fediod_med.data.nifti import read_label, read_subject, write_volumes
+from fediod_med.data.nifti import read_label, read_subject
 from fediod_med.data.phantoms import Grid, Profile, hospital_profiles, write_cohort
-from fediod_med.data.sampler import PublicSampler
+from fediod_med.data.sampler import PublicBatch, PublicSampler
 from fediod_med.devices import pick_device
 from fediod_med.distillation import (
     PAPER_OBJECTIVE,
     DistillationState,
     GeneratorObjective,
     Schedule,
+    asked_volumes,
     distill,
-    synthetic_volumes,
+    final_volumes,
 )
 from fediod_med.errors import InputError, SettingsError
 from fediod_med.evaluation import SubjectScore, evaluate_predictor, paired_difference, summarise, write_scores
 from fediod_med.export import write_central_bundle
 from fediod_med.federation.embedded import EmbeddedFederation
-from fediod_med.hospitals import announcement, copy_ledger, open_federation, open_hospital, privacy_record
+from fediod_med.hospitals import Hospital, announcement, copy_ledger, open_federation, open_hospital, privacy_record
 from fediod_med.inference import privacy_banner
 from fediod_med.labels import LabelScheme, get_scheme
 from fediod_med.networks import STUDENT, Generator, build_segmenter
@@ -66,6 +67,8 @@ from fediod_med.segmentation.options import SegmentOptions, load_model
 from fediod_med.segmentation.steps import CaseSegmenter
 from fediod_med.site_gate import open_gate
 from fediod_med.sites import Site, check_disjoint, load_sites
+from fediod_med.snapshots import Snapshot, read_rounds, write_snapshot, write_synthetic
+from fediod_med.synthetic_report import MOST_VOLUMES, Judged, quality_report
 from fediod_med.teacher import warm_start
 
 logger = logging.getLogger(__name__)
@@ -185,6 +188,9 @@ def run_distillation(
             _write_heads(out, federation)
             progress(f"distil {name}", int(record["round"]), schedule.rounds, _losses(record))
 
+        def on_snapshot(snapshot: Snapshot) -> None:
+            write_snapshot(out / "synthetic", snapshot, spacing=spacing)
+
         torch.manual_seed(seed)
         student = warm_start(build_segmenter(**STUDENT), init="auto", spec=STUDENT)
         state = distill(
@@ -201,6 +207,7 @@ def run_distillation(
             checkpoint=out / "checkpoints" / f"{name}.pt",
             resume=resume,
             on_round=on_round,
+            on_snapshot=on_snapshot,
         )
         return state, federation
 
@@ -263,14 +270,42 @@ def run_distillation(
     for key, rows in scores.items() if not discreet else ():
         write_scores(out / "scores" / f"{key.replace(':', '-')}.csv", rows, privacy=summary["privacy"], seed=seed)
     write_json(out / "history.json", {"notice": NOT_FOR_CLINICAL_USE, "rounds": state.history})
-    synthetic = _write_synthetic(state, sampler if mode == "conditional" else None, out, roi, seed, compute_on, spacing)
+    behind = sampler if mode == "conditional" else None  # an unconditional generator makes its volumes of noise
+    with clock("synthetic volumes"):
+        made = final_volumes(state, sampler=behind, count=SYNTHETIC_VOLUMES, size=roi, seed=seed, device=compute_on)
+        finals = {f"synthetic-{index:02d}": found for index, found in enumerate(made)}
+        for name, (x, public) in finals.items():
+            maps = {} if public is None else {"labels": public.classes[0]}
+            write_synthetic(out / "synthetic" / name, x, maps=maps, spacing=spacing)
+    with clock("synthetic quality"):
+        asked = asked_volumes(state, schedule=schedule, sampler=behind, count=MOST_VOLUMES)
+        quality = quality_report(
+            Judged(*asked, finals),
+            sampler=sampler,
+            network=prior,
+            **_scans_to_judge_by(hospitals),
+            size=roi,
+            device=compute_on,
+            seed=seed,
+        )
+        stated = {"notice": NOT_FOR_CLINICAL_USE, "privacy_statement": summary["privacy_statement"], "data": data_name}
+        write_json(out / "synthetic" / "quality.json", {**stated, **quality})
+    banner = f"{privacy_banner(student_provenance)}. {data_name}. {NOT_FOR_CLINICAL_USE}"
     reporting.write_figures(
         out / "figures",
         summary=summary,
-        history=[{k: v for k, v in record.items() if k != "sites"} for record in state.history],
-        panel=_panel(None if discreet else cases[0], predictors, synthetic, spacing, data_name),
-        banner=f"{privacy_banner(student_provenance)}. {data_name}. {NOT_FOR_CLINICAL_USE}",
+        # realism of each hospital (`realism:<site>`) is in history.json; the curve shows their mean
+        history=[{k: v for k, v in record.items() if k != "sites" and ":" not in k} for record in state.history],
+        panel=_panel(None if discreet else cases[0], predictors, next(iter(finals.values())), spacing, data_name),
+        banner=banner,
     )
+    if rounds := read_rounds(out / "synthetic"):
+        reporting.write_rounds(
+            out / "figures" / "synthetic.png",
+            [reporting.RoundRow(r.round, r.phantom, r.x, r.labels, r.ensemble, r.affine) for r in rounds],
+            title="Synthetic volumes by round, made from public phantoms, radiological view",
+            banner=banner,
+        )
     write_json(out / "summary.json", summary)
     write_json(
         out / "run.json",
@@ -601,42 +636,36 @@ def _on_step(progress: Progress, stage: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(stage, done, total, "private steps")
 
 
-def _write_synthetic(
-    state: DistillationState,
-    sampler: PublicSampler | None,
-    out: Path,
-    roi: int,
-    seed: int,
-    device: torch.device,
-    spacing: float,
-) -> tuple[Tensor, Tensor | None]:
-    """Write a few synthetic volumes as NIfTI with their label maps; returns the first volume and its class map."""
-    affine = np.diag([spacing, spacing, spacing, 1.0])
-    first: tuple[Tensor, Tensor | None] | None = None
-    volumes = synthetic_volumes(state, sampler=sampler, count=SYNTHETIC_VOLUMES, size=roi, seed=seed, device=device)
-    for index, (x, classes) in enumerate(volumes):
-        write_volumes(out / "synthetic" / f"synthetic-{index:02d}.nii.gz", x.numpy(), affine)
-        if classes is not None:
-            path = out / "synthetic" / f"synthetic-{index:02d}_labels.nii.gz"
-            write_volumes(path, classes.numpy().astype(np.float32), affine)
-        first = (x, classes) if first is None else first
-    assert first is not None
-    return first
+def _scans_to_judge_by(hospitals: Sequence[Hospital]) -> dict[str, Any]:
+    """`scans` and `withheld` of `quality_report`: a hospital that promised privacy lends its scans to no figure."""
+    return {
+        "scans": {
+            h.site.site_name: [scan for visits in h.patients for scan in visits]
+            for h in hospitals
+            if not h.site.private
+        },
+        "withheld": {
+            h.site.site_name: f"privacy mode {h.site.privacy_mode}: a figure about this hospital's scans that its "
+            "budget has not paid for does not leave it"
+            for h in hospitals
+            if h.site.private
+        },
+    }
 
 
 def _panel(
     case: tuple[str, Subject, LabelScheme] | None,
     predictors: Mapping[str, Callable[[Subject], np.ndarray]],
-    synthetic: tuple[Tensor, Tensor | None],
+    synthetic: tuple[Tensor, PublicBatch | None],
     spacing: float,
     data_name: str,
 ) -> list[reporting.PanelRow]:
     """The real / synthetic / ensemble / student figure; without a case, the synthetic volume alone."""
-    x, classes = synthetic
+    x, public = synthetic
     volume = reporting.PanelRow(
         "synthetic",
         x.numpy(),
-        None if classes is None else classes.numpy(),
+        None if public is None else public.classes[0].numpy(),
         np.diag([spacing, spacing, spacing, 1.0]),
     )
     if case is None:
@@ -656,7 +685,9 @@ def _panel(
 
 
 def _losses(record: Mapping[str, float]) -> str:
-    return "  ".join(f"{key} {value:.3f}" for key, value in record.items() if key not in ("round", "sites"))
+    return "  ".join(
+        f"{key} {value:.3f}" for key, value in record.items() if key not in ("round", "sites") and ":" not in key
+    )
 
 
 def _plain(site: Site) -> dict[str, Any]:

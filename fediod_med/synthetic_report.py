@@ -54,6 +54,7 @@ MEASURES: Mapping[str, tuple[str, str]] = {
 }
 """Key, which way is better, and what it is."""
 _PAIRS = 24
+_LEAST_BRAIN = 0.05  # share of a crop below which it is left out: one from a corner of the head tells nothing
 _REFERENCE_DRAWS = 30_000_000  # the sampler's draws from here on are the reference's own
 _DRAWS_A_PHANTOM = 30  # tries, for each phantom of the pool, at drawing phantoms not seen yet
 
@@ -101,9 +102,11 @@ def quality_report(
         or `absent` with the reason), `dist_fid` and `nearest` (by file name). `measures` is empty, and `reference` says
         why, where there are too few volumes or phantoms.
     """
-    used = set() if judged.made_from is None else set(judged.made_from.phantoms.tolist())
-    count = min(len(judged.asked), MOST_VOLUMES)
-    control = judged.made_from
+    rows = [index for index, volume in enumerate(judged.asked) if _shows_brain(volume)][:MOST_VOLUMES]
+    asked, count = judged.asked[rows], len(rows)
+    behind = [] if judged.made_from is None else [judged.made_from.only(index) for index in rows]
+    control = PublicBatch.of(behind) if behind else None
+    used = set() if control is None else set(control.phantoms.tolist())
     if control is None:  # the pool is halved: what one half scores against the other
         half = min(MOST_VOLUMES, len(sampler) // 2)
         control = draw_phantoms(sampler, count=half, without=set(), first=_REFERENCE_DRAWS)
@@ -140,8 +143,7 @@ def quality_report(
         report["per_site"] |= dict.fromkeys(scans, reason)
         return report
 
-    asked = judged.asked[:count]
-    synthetic, public, base = features(asked), features(reference.base), features(control.base[:count])
+    synthetic, public, base = features(asked), features(reference.base), features(control.base)
     kernel = gaussian_kernel(median_bandwidth(base.volumes, public.volumes))
     found = {
         name: {
@@ -153,7 +155,7 @@ def quality_report(
             **density_coverage(public.volumes, rows.volumes)._asdict(),
             "ms_ssim": multiscale_similarity(volumes.to(device), pairs=_PAIRS, seed=seed),
         }
-        for name, rows, volumes in (("synthetic", synthetic, asked), ("phantoms", base, control.base[:count]))
+        for name, rows, volumes in (("synthetic", synthetic, asked), ("phantoms", base, control.base))
     }
     report["measures"] = {
         key: {**{name: values[key] for name, values in found.items()}, "better": better, "what": what}
@@ -173,6 +175,7 @@ def quality_report(
 def draw_phantoms(sampler: PublicSampler, *, count: int, without: set[int], first: int) -> PublicBatch | None:
     """At most `count` different phantoms of the pool, none of `without`, cut as in training and upright; or none.
 
+    Crops that hold next to no brain are passed over.
     `first` is the number of the first draw.
     """
     found: dict[int, PublicBatch] = {}
@@ -182,9 +185,13 @@ def draw_phantoms(sampler: PublicSampler, *, count: int, without: set[int], firs
             break
         one = sampler.draw(step, 1)
         phantom = int(one.phantoms)
-        if phantom not in without and phantom not in found:
+        if phantom not in without and phantom not in found and _shows_brain(one.base[0]):
             found[phantom] = one.upright()
     return PublicBatch.of(list(found.values())) if found else None
+
+
+def _shows_brain(volume: Tensor) -> bool:
+    return float((volume != 0).any(dim=0).float().mean()) >= _LEAST_BRAIN
 
 
 def centre_crop(volume: Tensor, size: int) -> Tensor:
@@ -220,8 +227,11 @@ def _nearest(
     finals: Mapping[str, tuple[Tensor, PublicBatch | None]], phantoms: PublicBatch, looked_at: Features, features: Any
 ) -> dict[str, Any]:
     """For each final volume, how far its nearest phantom is, and how far the one it was made from."""
-    report = {}
+    report: dict[str, Any] = {}
     for name, (x, public) in finals.items():
+        if not _shows_brain(x):
+            report[name] = {"absent": "this crop holds next to no brain"}
+            continue
         row: dict[str, Any] = {}
         own = features([x]).volumes
         numbers = phantoms.phantoms.numpy()

@@ -9,12 +9,16 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
+from fediod_med import runs
 from fediod_med.checkpoints import load_weights, read_provenance
 from fediod_med.data.phantoms import Grid, hospital_profiles, write_cohort
 from fediod_med.distillation import Schedule
 from fediod_med.errors import SettingsError
 from fediod_med.export import find_weights
+from fediod_med.hospitals import Hospital
+from fediod_med.privacy.gate import Gate
 from fediod_med.runs import run_distillation
 from fediod_med.sites import Site, load_sites
 
@@ -71,8 +75,47 @@ def test_the_folder_is_complete(finished) -> None:
     }
     synthetic = nib.load(finished / "synthetic" / "synthetic-00.nii.gz")
     assert synthetic.shape == (32, 32, 32, 4)
-    labels = np.asarray(nib.load(finished / "synthetic" / "synthetic-00_labels.nii.gz").dataobj)
-    assert set(np.unique(labels)) <= {0, 1, 2, 3}
+    labels = nib.load(finished / "synthetic" / "synthetic-00_labels.nii.gz")
+    assert labels.get_data_dtype() == np.uint8
+    assert set(np.unique(np.asarray(labels.dataobj))) <= {0, 1, 2, 3}
+
+
+def test_the_folder_keeps_the_generators_rounds_and_who_found_them_real(finished) -> None:
+    """Two rounds, of which the second asks about phantoms: round 1 is the first and the last."""
+    folders = sorted(path.name for path in (finished / "synthetic").iterdir() if path.is_dir())
+    assert folders == ["round-000001"]
+    kept = finished / "synthetic" / "round-000001"
+    parts = ("", "_phantom", "_labels", "_teacher-h0", "_teacher-h1", "_ensemble", "_student")
+    assert {path.name for path in kept.iterdir()} == {
+        f"synthetic-{i:02d}{part}.nii.gz" for i in (0, 1) for part in parts
+    }
+    x, phantom = (np.asarray(nib.load(kept / f"synthetic-00{part}.nii.gz").dataobj) for part in ("", "_phantom"))
+    assert np.array_equal(x, phantom)  # an untrained generator returns the phantom
+    asked, _ = json.loads((finished / "history.json").read_text())["rounds"]
+    assert asked["realism"] == pytest.approx((asked["realism:h0"] + asked["realism:h1"]) / 2)
+    assert (finished / "figures" / "synthetic.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_quality_file_says_what_it_is_and_what_it_could_not_measure(finished) -> None:
+    """Three phantoms in the pool are too few for a distribution: that is said, and no figure is made up."""
+    quality = json.loads((finished / "synthetic" / "quality.json").read_text())
+    assert "Not for clinical use" in quality["notice"] and "NOT PRIVATE" in quality["privacy_statement"]
+    assert quality["data"] == "phantoms" and quality["measures"] == {}
+    assert "larger pool" in quality["reference"]["absent"]
+    assert set(quality["per_site"]) == {"h0", "h1"} and "absent" in quality["dist_fid"]
+    assert set(quality["nearest"]) == {f"synthetic-{i:02d}" for i in range(4)}
+
+
+def test_a_private_hospital_lends_its_scans_to_no_figure(sites) -> None:
+    scan = torch.zeros(4, 8, 8, 8)
+    open_site, private = sites[0], dataclasses.replace(sites[1], privacy_mode="dp-sgd", epsilon=8.0)
+    hospitals = [
+        Hospital(site, Gate.unprotected(site.site_name), torch.nn.Identity(), torch.ones(1, 4), ((scan, scan),), ())
+        for site in (open_site, private)
+    ]
+    found = runs._scans_to_judge_by(hospitals)
+    assert list(found["scans"]) == ["h0"] and len(found["scans"]["h0"]) == 2
+    assert list(found["withheld"]) == ["h1"] and "dp-sgd" in found["withheld"]["h1"]
 
 
 def test_the_bundle_holds_the_student(finished) -> None:

@@ -113,6 +113,17 @@ def test_too_little_to_compare_is_said(sampler: PublicSampler, bases: PublicBatc
     assert "absent" in found["per_site"]["open"] and found["nearest"]["synthetic-00"]["made_from_distance"] == 0
     empty = report(sampler, torch.empty(0), None)
     assert empty["measures"] == {} and empty["nearest"] == {}
+    blank = report(sampler, torch.zeros_like(bases.base), bases)
+    assert blank["reference"]["synthetic"] == 0 and blank["measures"] == {}
+
+
+def test_crops_without_brain_are_left_out(sampler: PublicSampler, bases: PublicBatch) -> None:
+    """A crop from a corner of the head holds nothing that features could be taken of."""
+    x = bases.base.clone()
+    x[0] = 0
+    found = report(sampler, x, bases)
+    assert found["reference"]["synthetic"] == 7 and found["nearest"]["synthetic-00"].keys() == {"absent"}
+    assert found["measures"]["kid"]["synthetic"] == found["measures"]["kid"]["phantoms"]  # of the same seven
 
 
 def test_drawn_phantoms_are_different_and_none_of_those_ruled_out(sampler: PublicSampler) -> None:
