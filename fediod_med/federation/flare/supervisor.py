@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from nvflare.fuel.flare_api.api_spec import InternalError
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fediod_med.errors import FediodError, SettingsError
@@ -105,7 +106,7 @@ class Supervisor:
     def _segment(self, engine: Session) -> tuple[str, str]:
         """One job, from submission to its end: `done`, `paused`, `short`, `failed` or the engine's word, and why."""
         for job in _jobs(engine, self._settings.run_id):
-            engine.abort_job(job)  # left over from a supervisor or a server that died
+            _abort(engine, job)  # left over from a supervisor or a server that died
         if not self._await_hospitals(engine):
             return "stopped", ""
         with tempfile.TemporaryDirectory() as scratch:
@@ -143,12 +144,12 @@ class Supervisor:
                     return str(status["state"]), str(status.get("reason", ""))
                 return standing, "the engine ended the job"
             if self._stopped():
-                engine.abort_job(job)
+                _abort(engine, job)
                 return "stopped", ""
             if self._record["status"].get("job") == job and self._record["status"].get("state") in ENDED:
                 over_since = min(over_since, time.monotonic())
             if time.monotonic() > over_since + LAST_WORD_S:
-                engine.abort_job(job)  # it has said its last word; only the engine waits for somebody who is gone
+                _abort(engine, job)  # it has said its last word; only the engine waits for somebody who is gone
                 over_since = math.inf
             time.sleep(self._poll_s)
 
@@ -234,7 +235,7 @@ def stop(kit: Path, run_id: str) -> int:
     with session(kit) as engine:
         jobs = _jobs(engine, run_id)
         for job in jobs:
-            engine.abort_job(job)
+            _abort(engine, job)
     return len(jobs)
 
 
@@ -268,6 +269,14 @@ def _jobs(engine: Session, run_id: str) -> list[str]:
         for job in found
         if job.get("job_name", job.get("name")) == f"fediod-{run_id}" and not str(job["status"]).startswith(_FINISHED)
     ]
+
+
+def _abort(engine: Session, job: str) -> None:
+    """End a job; one that a restarted server still lists as running, but does not run, needs no end."""
+    try:
+        engine.abort_job(job)
+    except InternalError as error:
+        logger.info("job %s was not aborted: %s", job, error)
 
 
 def _now() -> str:
