@@ -194,7 +194,8 @@ class Supervisor:
 
     def _save(self) -> None:
         if not self._stopped():
-            write_json(self._path, self._record | {"updated": _now()})
+            self._record["updated"] = _now()
+            write_json(self._path, self._record)
 
 
 def record_path(kit: Path, run_id: str) -> Path:
