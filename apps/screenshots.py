@@ -89,7 +89,8 @@ def _shoot(page: Page, title: str, path: Path) -> None:
     page.mouse.move(0, 0)
     page.screenshot(path=path, animations="disabled")
     with Image.open(path) as picture:
-        small = picture.convert("RGB").quantize(128)
+        # covers small patches too: a legend must keep its colours
+        small = picture.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE)
     small.save(path, optimize=True)
     print(path)
 

@@ -59,9 +59,9 @@ def main() -> None:
 
 
 def _drawn(page: Page) -> None:
-    expect(page.locator(IMAGES)).to_have_count(3, timeout=60_000)
+    expect(page.locator(IMAGES)).to_have_count(3, timeout=180_000)
     page.wait_for_function(
-        f"[...document.querySelectorAll('{IMAGES}')].every(i => i.complete && i.naturalWidth > 0)", timeout=60_000
+        f"[...document.querySelectorAll('{IMAGES}')].every(i => i.complete && i.naturalWidth > 0)", timeout=180_000
     )
 
 
