@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from fediod_med.data.phantoms import Anatomy, load_anatomy
-from fediod_med.data.sampler import training_grid
+from fediod_med.data.phantoms import Anatomy
 from fediod_med.distillation import GeneratorObjective, Schedule
 from fediod_med.experiments.phantom_hospitals import (
-    SPACING,
     Cohort,
     PhantomHospital,
     Setup,
@@ -31,6 +29,7 @@ from fediod_med.experiments.phantom_hospitals import (
     patients,
     public_sampler,
     trained_teacher,
+    working_anatomy,
 )
 from fediod_med.experiments.rows import (
     Task,
@@ -59,9 +58,10 @@ SHORT = Schedule(
     rehearsal=0.0,
     checkpoint_every=1000,
 )
-FULL = Setup(roi=32, width=8, depth=3, teacher_steps=200, rate=3e-3, public=48, tests=20, schedule=SHORT)
+FULL = Setup(spacing=4.0, roi=32, width=8, depth=3, teacher_steps=200, rate=3e-3, public=48, tests=20, schedule=SHORT)
 SMOKE = replace(
     FULL,
+    spacing=8.0,
     roi=16,
     teacher_steps=2,
     public=2,
@@ -99,7 +99,7 @@ def run_backbones(out: Path, profile: str, *, resume: bool, progress: Progress) 
     """
     plan = PLANS[profile]
     open_folder(out, {"experiment": "backbones", **asdict(plan)}, resume=resume)
-    anatomy = load_anatomy(training_grid(SPACING))
+    anatomy = working_anatomy(plan.setup)
     tasks = [
         Task(f"{backbones}-{asked}-seed-{seed}", partial(_row, out, plan, backbones, asked, seed, anatomy))
         for seed in plan.seeds

@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from fediod_med.data.phantoms import Anatomy, load_anatomy
-from fediod_med.data.sampler import training_grid
+from fediod_med.data.phantoms import Anatomy
 from fediod_med.distillation import GeneratorObjective
 from fediod_med.experiments.backbones import BACKBONES, FULL, SMOKE, three_hospitals
 from fediod_med.experiments.phantom_hospitals import (
-    SPACING,
     Setup,
     dice_record,
     disagreement,
@@ -31,6 +29,7 @@ from fediod_med.experiments.phantom_hospitals import (
     network_dice,
     public_divergences,
     public_sampler,
+    working_anatomy,
 )
 from fediod_med.experiments.rows import (
     Task,
@@ -73,7 +72,7 @@ def run_divergence(out: Path, profile: str, *, resume: bool, progress: Progress)
     """Run every row of `ROWS` with every seed; arguments, result and errors as `backbones.run_backbones`."""
     plan = PLANS[profile]
     open_folder(out, {"experiment": "divergence", "strength": STRENGTH, **asdict(plan)}, resume=resume)
-    anatomy = load_anatomy(training_grid(SPACING))
+    anatomy = working_anatomy(plan.setup)
     tasks = [
         Task(f"{name}-seed-{seed}", partial(_row, out, plan, name, seed, anatomy))
         for seed in plan.seeds

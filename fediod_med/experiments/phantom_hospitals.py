@@ -30,7 +30,6 @@ from fediod_med.networks import Generator, build_segmenter
 from fediod_med.prior import train_prior
 from fediod_med.privacy.gate import Gate
 
-SPACING = 4.0  # mm
 CPU = torch.device("cpu")
 _COHORT, _PUBLIC, _TEST = 11, 12, 13  # first digits of the seeds, so that no phantom is in two of them
 
@@ -40,7 +39,8 @@ class Setup:
     """Sizes that the three experiments share.
 
     Attributes:
-        roi: edge of a crop and of a synthetic volume, voxels of 4 mm; whole heads are scored.
+        spacing: working grid, mm.
+        roi: edge of a crop and of a synthetic volume, voxels; whole heads are scored.
         width: channels of teachers, student and discriminators at full resolution.
         depth: levels of teachers and student.
         teacher_steps: optimiser steps of each teacher, batch 2.
@@ -50,6 +50,7 @@ class Setup:
         schedule: of the distillation.
     """
 
+    spacing: float
     roi: int
     width: int
     depth: int
@@ -115,27 +116,32 @@ class Outcome:
     bytes_down: Mapping[str, int]
 
 
-def patients(per_profile: Sequence[int], *, seed: int, anatomy: Anatomy | None = None) -> Cohort:
+def patients(per_profile: Sequence[int], *, seed: int, anatomy: Anatomy) -> Cohort:
     """Phantom patients of the five scanner profiles.
 
     Args:
         per_profile: patients of each of `phantoms.hospital_profiles()`, in that order; the rest have none.
         seed: of the patients.
-        anatomy: loaded at 4 mm when omitted.
+        anatomy: on the working grid.
     """
     return _draw(per_profile, _COHORT, seed, anatomy)
 
 
-def held_out_patients(count: int, *, seed: int, anatomy: Anatomy | None = None) -> Cohort:
+def held_out_patients(count: int, *, seed: int, anatomy: Anatomy) -> Cohort:
     """Held-out phantoms: `count` in all, dealt evenly to the five profiles; none of them is in any `patients`."""
     profiles = len(hospital_profiles())
     return _draw([(count + i) // profiles for i in reversed(range(profiles))], _TEST, seed, anatomy)
 
 
-def public_sampler(setup: Setup, *, seed: int, anatomy: Anatomy | None = None) -> PublicSampler:
+def working_anatomy(setup: Setup) -> Anatomy:
+    """The public anatomy on the grid that holds a whole head."""
+    return load_anatomy(training_grid(setup.spacing))
+
+
+def public_sampler(setup: Setup, *, seed: int, anatomy: Anatomy) -> PublicSampler:
     """The centre's own phantoms, of the simulator's public profile."""
     return PublicSampler(
-        spacing=SPACING, roi=setup.roi, count=setup.public, seed=_seed(_PUBLIC, seed, 0), anatomy=anatomy
+        spacing=setup.spacing, roi=setup.roi, count=setup.public, seed=_seed(_PUBLIC, seed, 0), anatomy=anatomy
     )
 
 
@@ -279,13 +285,17 @@ def dice_record(scores: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _draw(per_profile: Sequence[int], kind: int, seed: int, anatomy: Anatomy | None) -> Cohort:
-    anatomy = load_anatomy(training_grid(SPACING)) if anatomy is None else anatomy
+def _draw(per_profile: Sequence[int], kind: int, seed: int, anatomy: Anatomy) -> Cohort:
     images, tissues, names = [], [], []
     for number, (profile, count) in enumerate(zip(hospital_profiles(), per_profile, strict=False)):
         if count:
             made = PublicSampler(
-                spacing=SPACING, roi=1, count=count, seed=_seed(kind, seed, number), profile=profile, anatomy=anatomy
+                spacing=anatomy.grid.spacing,
+                roi=1,
+                count=count,
+                seed=_seed(kind, seed, number),
+                profile=profile,
+                anatomy=anatomy,
             )
             x, t = made.pool()
             images.append(x)

@@ -18,13 +18,11 @@ from torch import nn
 
 from fediod_med.data.layouts import Subject
 from fediod_med.data.partitions import dirichlet
-from fediod_med.data.phantoms import Anatomy, hospital_profiles, load_anatomy
-from fediod_med.data.sampler import training_grid
+from fediod_med.data.phantoms import Anatomy, hospital_profiles
 from fediod_med.distillation import GeneratorObjective
 from fediod_med.errors import SettingsError
 from fediod_med.experiments.backbones import FULL, SMOKE
 from fediod_med.experiments.phantom_hospitals import (
-    SPACING,
     Cohort,
     PhantomHospital,
     Setup,
@@ -36,6 +34,7 @@ from fediod_med.experiments.phantom_hospitals import (
     patients,
     public_sampler,
     trained_teacher,
+    working_anatomy,
 )
 from fediod_med.experiments.rows import Task, compute_rows, interval, markdown_table, open_folder, write_results
 from fediod_med.progress import Progress
@@ -89,7 +88,7 @@ def run_scaling(out: Path, profile: str, *, resume: bool, progress: Progress) ->
     """Run every cell; arguments, result and errors as `backbones.run_backbones`."""
     plan = PLANS[profile]
     open_folder(out, {"experiment": "scaling", **asdict(plan)}, resume=resume)
-    anatomy = load_anatomy(training_grid(SPACING))
+    anatomy = working_anatomy(plan.setup)
     tasks = [
         Task(f"hospitals-{k}-patients-{total}-alpha-{alpha:g}", partial(_row, out, plan, k, total, alpha, anatomy))
         for k, total, alpha in plan.cells()
