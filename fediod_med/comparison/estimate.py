@@ -17,8 +17,11 @@ from fediod_med.networks import STUDENT, build_segmenter
 
 PHANTOM_SECONDS = 0.4  # one phantom at 4 mm on one core; measured
 SCAN_PASSES = 8.0  # reading, predicting and scoring one held-out scan, in training passes
-ANSWER_PASSES = 0.6  # one volume at one hospital, teacher and discriminator, without a generator step
-EXCHANGE_PASSES = 1.0  # the same with the pull-back and the generator's share
+OPENING_SECONDS = 3.0  # reading the hospitals' scans for a distilled row, on one core
+ANSWER_PASSES = 0.5  # one volume at one hospital: the teacher's answer
+CRITIC_PASSES = 1.0  # the same: a discriminator's step and judgement
+EXCHANGE_PASSES = 1.2  # the same: pull-back, and the generator's share
+LOCAL_PASSES = 1.25  # one crop of local training, with augmentation
 
 
 def estimate(plan: Plan, tasks: Sequence[Task], devices: Sequence[str]) -> str:
@@ -26,6 +29,7 @@ def estimate(plan: Plan, tasks: Sequence[Task], devices: Sequence[str]) -> str:
     left = [task for task in tasks if not task_done(plan, task)]
     second = pass_seconds(plan.profile.roi, devices[0])
     total = sum(task_passes(plan, task) * second for task in left)
+    total += OPENING_SECONDS * sum(task.subject in DISTILLED for task in left)
     total += sum(
         PHANTOM_SECONDS * plan.profile.pool * (4 / plan.profile.spacing) ** 3 for t in left if t.kind == "pool"
     )
@@ -40,7 +44,7 @@ def task_passes(plan: Plan, task: Task) -> float:
     """Training passes (forward and backward of one crop) that a task is worth."""
     profile, hospitals = plan.profile, len(plan.sites)
     batch = plan.sites[0].batch_size
-    local = sum(site.epochs * site.steps_per_epoch for site in plan.sites) * batch
+    local = sum(site.epochs * site.steps_per_epoch for site in plan.sites) * batch * LOCAL_PASSES
     scans = SCAN_PASSES * sum(len(site.subjects()[1]) for site in task.cell.sites(plan.sites))
     if task.kind == "pool":
         return 0.0
@@ -57,8 +61,9 @@ def task_passes(plan: Plan, task: Task) -> float:
         asked = 0 if row.generator is None else profile.rounds
         if row.generator == "conditional":
             asked = generator_rounds(row.schedule)
-        volumes = row.schedule.batch * hospitals
-        exchange = volumes * (EXCHANGE_PASSES * asked + ANSWER_PASSES * (profile.rounds - asked))
+        judged = profile.rounds if row.generator is not None and row.objective.needs_discriminators else 0
+        exchange = ANSWER_PASSES * profile.rounds + CRITIC_PASSES * judged + EXCHANGE_PASSES * asked
+        exchange *= row.schedule.batch * hospitals
         return exchange + profile.rounds * profile.student_steps * row.schedule.student_batch + scans
     return scans
 

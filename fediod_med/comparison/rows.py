@@ -20,7 +20,7 @@ ENSEMBLES = (
     "ensemble_competence",
 )
 AVERAGING = ("fedavg", "fedavg_tuned", "fedprox", "fedprox_tuned")
-PARTS = ("gan", "clarity", "unique", "mask", "transfer", "realism", "competence", "rehearsal", "phantoms", "replay")
+PARTS = ("gan", "clarity", "unique", "mask", "transfer", "realism", "competence", "rehearsal", "phantoms")
 """What `ours` is run without, one part at a time; without its generator it is the row `kd_phantoms`."""
 DISTILLED = (
     "kd_phantoms",
@@ -90,7 +90,6 @@ _PART_WORDS = {
     "competence": "competence in the ensemble's weights",
     "rehearsal": "rehearsal of phantoms",
     "phantoms": "rounds on phantoms",
-    "replay": "replay (newest pair only)",
 }
 
 

@@ -206,6 +206,5 @@ def _without(ours: Recipe, part: str) -> Recipe:
     changed: dict[str, Any] = {
         "rehearsal": {"rehearsal": 0.0},
         "phantoms": {"phantom_share": 0.0},
-        "replay": {"replay": 1},
     }
     return dataclasses.replace(ours, schedule=dataclasses.replace(ours.schedule, **changed[part]))
