@@ -47,8 +47,9 @@ async function show(viewer, { header, image, labels }) {
   const { opts } = niivue;
   opts.isRadiologicalConvention = header.radiological || header.synthetic;
   opts.isOrientationTextVisible = !header.synthetic;
-  opts.crosshairWidth = header.crosshair ? longest(header) / 400 : 0;
-  opts.crosshairGap = longest(header) / 60;
+  const millimetres = wide(header) / (viewer.host.clientWidth || 900); // of a pixel; a thinner line may not be drawn
+  opts.crosshairWidth = header.crosshair ? 1.6 * millimetres : 0;
+  opts.crosshairGap = 6 * millimetres;
   niivue.overlayOutlineWidth = header.outline ? 1 : 0;
   viewer.header = header;
   viewer.host.querySelector("canvas").setAttribute("aria-label", header.alt);
@@ -160,15 +161,16 @@ function extent({ affine, shape }) {
   return [0, 1, 2].map((axis) => Math.hypot(...affine.slice(0, 3).map((row) => row[axis])) * shape[axis]);
 }
 
-function longest(header) {
-  return Math.max(...extent(header));
+// Of the three planes side by side.
+function wide(header) {
+  const size = extent(header);
+  return 2 * size[0] + size[1];
 }
 
 // The canvas is as high as three planes side by side need, in millimetres as on the slices.
 function fit({ host, header }) {
   const size = extent(header);
-  const wide = 2 * size[0] + size[1];
-  host.querySelector(".canvas").style.aspectRatio = `${wide} / ${Math.max(size[1], size[2])}`;
+  host.querySelector(".canvas").style.aspectRatio = `${wide(header)} / ${Math.max(size[1], size[2])}`;
 }
 
 function close(viewer, host) {
