@@ -166,7 +166,8 @@ def feature_contrast(probs: Tensor, site_weights: Tensor) -> Tensor:
 
 def _weighted_mean(values: Tensor, site_weights: Tensor) -> Tensor:
     """`sum_k pi_k v_k`, `(K, ...)` to `(...)`."""
-    return torch.tensordot(site_weights.to(values), values, dims=1)
+    mean: Tensor = torch.tensordot(site_weights.to(values), values, dims=1)
+    return mean
 
 
 def class_balance(probs: Tensor, target: Tensor) -> Tensor:

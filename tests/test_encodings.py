@@ -20,7 +20,8 @@ def answers(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3
     logits[:, 0] += 30
     if len(shape) > 2:
-        logits[(slice(None), 0, *(slice(1, 3) for _ in shape[2:]))] -= 30
+        inside: tuple[slice | int, ...] = (slice(None), 0, *(slice(1, 3) for _ in shape[2:]))
+        logits[inside] -= 30
     return torch.softmax(logits, dim=1)
 
 

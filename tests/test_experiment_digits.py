@@ -71,7 +71,11 @@ def test_finished_rows_are_not_computed_again(tmp_path: Path) -> None:
     ran: list[str] = []
 
     def task(key: str) -> Task:
-        return Task(key, lambda: ran.append(key) or {"value": len(ran)})
+        def run() -> dict[str, int]:
+            ran.append(key)
+            return {"value": len(ran)}
+
+        return Task(key, run)
 
     open_folder(tmp_path / "e", {"size": 1}, resume=False)
     compute_rows(tmp_path / "e", [task("a")], progress=silent)
