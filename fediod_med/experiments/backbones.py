@@ -49,7 +49,7 @@ BACKBONES: Mapping[str, tuple[str, ...]] = {
 }
 ASKED: Mapping[str, GeneratorObjective | None] = {"full": GeneratorObjective(), "output-only": None}
 SHORT = Schedule(
-    rounds=80,
+    rounds=160,
     student_steps=4,
     student_rate=3e-3,
     generator_rate=5e-4,
@@ -58,7 +58,7 @@ SHORT = Schedule(
     rehearsal=0.0,
     checkpoint_every=1000,
 )
-FULL = Setup(spacing=4.0, roi=32, width=8, depth=3, teacher_steps=200, rate=3e-3, public=48, tests=20, schedule=SHORT)
+FULL = Setup(spacing=4.0, roi=32, width=8, depth=3, teacher_steps=400, rate=3e-3, public=48, tests=40, schedule=SHORT)
 SMOKE = replace(
     FULL,
     spacing=8.0,
