@@ -57,6 +57,7 @@ def settings_for(names: list[str], rounds: int, size: int) -> RunSettings:
             "pool": 2,
             "quorum": len(names),
             "schedule": {"rounds": rounds, "batch": 1, "student_steps": 0, "replay": 2, "checkpoint_every": rounds},
+            "objective": {"transfer": 0.0, "unique": 0.0},  # leaves the student out of the generator's rounds
             "fetch_interval_s": 0.05,
             "data_name": "phantoms",
         }
