@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fediod_med import distillation
+from fediod_med.distillation import GeneratorObjective, Schedule, distill
 from fediod_med.ensemble import class_ratio_weights, merge, site_shares
 from fediod_med.errors import ProtocolError, SettingsError
 from fediod_med.federation.critic import PlainCritic
+from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.node import SiteNode
 from fediod_med.networks import Generator, PatchDiscriminator, build_classifier
 from fediod_med.privacy.gate import Gate
@@ -116,3 +119,50 @@ def test_handwriting_is_not_mirrored_for_the_discriminator(tmp_path: Path) -> No
         drawn = critic.real_batch((8, 8), number)
         assert drawn.shape == (4, 1, 8, 8)
         assert {tuple(image.flatten().tolist()) for image in drawn} <= real
+
+
+def test_the_loop_teaches_class_answers_and_changes_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the student is shown is what the teachers were asked, in half precision, with their merged answer."""
+    shown: list[tuple[Tensor, Tensor]] = []
+
+    class Student(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build_classifier((1, 8, 8), 3, width=4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            shown.append((x.detach().clone(), torch.empty(0)))
+            out: Tensor = self.inner(x)
+            return out
+
+    def noted(target: Tensor, logits: Tensor) -> Tensor:
+        shown[-1] = (shown[-1][0], target.detach().clone())
+        return torch.nn.functional.cross_entropy(logits, target)
+
+    monkeypatch.setattr(distillation, "transfer_divergence", noted)
+    objective = GeneratorObjective(
+        gan=1, clarity=1, unique=1, mask=0, balance=1, transfer=0, divergence="features", competence=0
+    )
+    torch.manual_seed(1)
+    state = distill(
+        EmbeddedFederation({"a": node(tmp_path)}),
+        student=Student(),
+        generator=Generator("unconditional", size=8, width=4, latent=6, sequences=1, spatial_dims=2, doublings=2),
+        sampler=None,
+        objective=objective,
+        schedule=Schedule(rounds=2, batch=4, student_steps=2, student_batch=3, phantom_share=0, rehearsal=0),
+        size=8,
+        seed=0,
+        run_id="images",
+        device=CPU,
+    )
+    asked = {
+        tuple(x.float().flatten().tolist()): q.float()
+        for pair in state.replay
+        for x, q in zip(pair["x"], pair["q"], strict=True)
+    }
+    assert len(asked) == 8 and len(shown) == 4
+    for x, target in shown:
+        for image, wanted in zip(x, target, strict=True):
+            assert torch.equal(asked[tuple(image.flatten().tolist())], wanted) and wanted.shape == (3,)
+    assert {"clarity", "unique", "balance", "realism"} <= set(state.history[0])
