@@ -21,6 +21,7 @@ from fediod_med.errors import InputError, SettingsError
 
 PATCH_CELLS = 2  # cells of the deepest layer along the edge of a patch
 _MOSTLY_BRAIN = 0.5  # share of brain from which a patch counts; the fullest one counts always
+_CONSTANT = 1e-9
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,25 @@ class Features:
     volumes: NDArray[np.float64]
     patches: NDArray[np.float64]
     owners: NDArray[np.intp]
+
+    def part(self, start: int, stop: int) -> Features:
+        """The features of volumes `start` to `stop`, exclusive, counted anew from 0."""
+        kept = (self.owners >= start) & (self.owners < stop)
+        return Features(self.volumes[start:stop], self.patches[kept], self.owners[kept] - start)
+
+    def standardised(self, by: Features) -> Features:
+        """These features less the mean of `by`, over its standard deviation, each feature on its own.
+
+        Raw channels differ in scale by orders of magnitude, and a distance would see the largest few alone. A channel
+        that does not vary in `by` is only centred.
+        """
+
+        def scaled(rows: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[np.float64]:
+            spread = reference.std(axis=0)
+            found: NDArray[np.float64] = (rows - reference.mean(axis=0)) / np.where(spread > _CONSTANT, spread, 1.0)
+            return found
+
+        return Features(scaled(self.volumes, by.volumes), scaled(self.patches, by.patches), self.owners)
 
 
 def bottleneck_features(network: nn.Module, volumes: Iterable[Tensor], *, device: torch.device) -> Features:

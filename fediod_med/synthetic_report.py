@@ -53,7 +53,7 @@ MEASURES: Mapping[str, tuple[str, str]] = {
     "ms_ssim": ("as phantoms", "mean similarity of two volumes of the set, 1: all alike (Wang et al. 2003)"),
 }
 """Key, which way is better, and what it is."""
-_PAIRS = 24
+_PAIRS = 16
 _LEAST_BRAIN = 0.05  # share of a crop below which it is left out: one from a corner of the head tells nothing
 _REFERENCE_DRAWS = 30_000_000  # the sampler's draws from here on are the reference's own
 _DRAWS_A_PHANTOM = 30  # tries, for each phantom of the pool, at drawing phantoms not seen yet
@@ -113,13 +113,11 @@ def quality_report(
         used = set() if control is None else set(control.phantoms.tolist())
     reference = draw_phantoms(sampler, count=MOST_VOLUMES, without=used, first=_REFERENCE_DRAWS)
 
-    def features(volumes: Iterable[Tensor]) -> Features:
-        return bottleneck_features(network, volumes, device=device)
-
     report: dict[str, Any] = {
         "reference": {
             "what": "public phantoms that none of the synthetic volumes was made from; no patient",
-            "features": "deepest layer of the public prior, mean over the brain (volumes) or over patches of it",
+            "features": "deepest layer of the public prior, mean over the brain (volumes) or over patches of it, each "
+            "channel in standard deviations of the phantoms",
             "synthetic": count,
             "phantoms": 0 if reference is None else len(reference.base),
         },
@@ -131,7 +129,12 @@ def quality_report(
     known = [batch for batch in (control, reference) if batch is not None]
     if known:
         phantoms = PublicBatch.of(known)
-        looked_at = features(phantoms.base)
+        raw = bottleneck_features(network, phantoms.base, device=device)
+
+        def features(volumes: Iterable[Tensor]) -> Features:
+            return bottleneck_features(network, volumes, device=device).standardised(raw)
+
+        looked_at = raw.standardised(raw)
         report["nearest"] = _nearest(judged.finals, phantoms, looked_at, features)
         if len(phantoms.base) > 1:
             report["reference"]["typical_distance"] = typical_distance(looked_at.volumes)
@@ -143,7 +146,8 @@ def quality_report(
         report["per_site"] |= dict.fromkeys(scans, reason)
         return report
 
-    synthetic, public, base = features(asked), features(reference.base), features(control.base)
+    synthetic = features(asked)
+    base, public = looked_at.part(0, len(control.base)), looked_at.part(len(control.base), len(phantoms.base))
     kernel = gaussian_kernel(median_bandwidth(base.volumes, public.volumes))
     found = {
         name: {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fediod_med.errors import InputError, SettingsError
-from fediod_med.image_features import bottleneck_features
+from fediod_med.image_features import Features, bottleneck_features
 from fediod_med.networks import STUDENT, build_segmenter
 
 CPU = torch.device("cpu")
@@ -73,3 +73,20 @@ def test_what_cannot_be_looked_at_is_said(network: torch.nn.Module) -> None:
         bottleneck_features(network, [], device=CPU)
     with pytest.raises(SettingsError, match="expected a unet, found SegResNet"):
         bottleneck_features(build_segmenter("segresnet"), [head()], device=CPU)
+
+
+def test_standardised_features_by_hand() -> None:
+    """Mean 2, deviation 1 in the first channel; the second does not vary and is only centred."""
+    by = Features(np.array([[1.0, 5.0], [3.0, 5.0]]), np.array([[0.0, 0.0], [4.0, 0.0]]), np.array([0, 1]))
+    found = Features(np.array([[4.0, 6.0]]), np.array([[6.0, 1.0]]), np.array([0])).standardised(by)
+    assert found.volumes.tolist() == [[2.0, 1.0]] and found.patches.tolist() == [[2.0, 1.0]]
+    own = by.standardised(by)
+    assert own.volumes.mean(axis=0) == pytest.approx([0, 0]) and own.volumes.std(axis=0) == pytest.approx([1, 0])
+
+
+def test_a_part_keeps_the_patches_of_its_volumes() -> None:
+    whole = Features(np.arange(6.0).reshape(3, 2), np.arange(10.0).reshape(5, 2), np.array([0, 1, 1, 2, 2]))
+    part = whole.part(1, 3)
+    assert part.volumes.tolist() == [[2, 3], [4, 5]] and part.owners.tolist() == [0, 0, 1, 1]
+    assert part.patches.tolist() == whole.patches[1:].tolist()
+    assert whole.part(0, 1).patches.tolist() == [[0, 1]]
