@@ -18,7 +18,9 @@ _NAMES = ("digits", "cifar", "backbones", "divergence", "scaling")
 def experiment(
     name: Annotated[str, typer.Argument(help=", ".join(_NAMES) + ".")],
     out: Out,
-    profile: Annotated[str, typer.Option(help="full, smoke (seconds; its scores mean nothing), or tune (digits, cifar).")] = "full",
+    profile: Annotated[
+        str, typer.Option(help="full, smoke (seconds, meaningless scores) or tune (digits, cifar).")
+    ] = "full",
     images: Annotated[Path | None, typer.Option("--images", help="Folder with CIFAR; for cifar alone.")] = None,
     resume: Resume = False,
     quiet: Quiet = False,
