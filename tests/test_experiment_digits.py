@@ -64,6 +64,9 @@ def test_summary_by_hand() -> None:
     found = summarise([cell("1100", 0), cell("1110", 1)])
     assert found["ratio"] == pytest.approx([2 / 3, 1.0])
     assert found["rows"]["student"]["accuracy"] == [0.5, 0.75]
+    # By image: right with both seeds, both, one, none; the untrained generator's student with none.
+    assert found["student_minus"]["untrained_generator"]["mean"] == pytest.approx(0.625)
+    assert found["student_minus"]["pooled"]["mean"] == pytest.approx(-0.375)
     assert found["sites"] == {"mean": [0.5, 0.5], "best": [0.75, 0.75], "images": [3, 5]}
 
 

@@ -177,7 +177,8 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         By row `accuracy` (one per seed), `interval`; `sites` with `mean` and `best` (one per seed); `ratio`, student
-        over ensemble, one per seed, with `ratio_interval`; `bytes_up` and `bytes_down` per site.
+        over ensemble, one per seed, with `ratio_interval`; `student_minus`, by other row the paired difference in
+        accuracy, `mean` and `interval`; `bytes_up` and `bytes_down` per site.
     """
     hits = {
         row: np.array([[int(hit) for hit in cell["rows"][row]["correct"]] for cell in cells], dtype=float)
@@ -197,6 +198,11 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         },
         "ratio": (hits["student"].mean(axis=1) / hits["ensemble"].mean(axis=1)).tolist(),
         "ratio_interval": ratio_interval(hits["student"], hits["ensemble"]),
+        "student_minus": {
+            row: {"mean": float((hits["student"] - values).mean()), "interval": interval(hits["student"] - values)}
+            for row, values in hits.items()
+            if row != "student"
+        },
         "alpha": cells[0]["alpha"],
         "bytes_up": [cell["bytes_up"] for cell in cells],
         "bytes_down": [cell["bytes_down"] for cell in cells],
@@ -221,10 +227,14 @@ def _table(part: Mapping[str, Any]) -> str:
     if part["alpha"] == TARGET_ALPHA:
         target = f"; target {TARGET} at alpha {TARGET_ALPHA:g}: {'met' if ratio >= TARGET else 'missed'}"
     low, high = part["ratio_interval"]
+    minus = ", ".join(
+        f"{key.replace('_', ' ')} {found['mean']:+.3f} ({found['interval'][0]:+.3f} to {found['interval'][1]:+.3f})"
+        for key, found in part["student_minus"].items()
+    )
     sent = sum(part["bytes_up"]) / len(part["bytes_up"]) / 1e6
     return (
         f"{table}\n\nStudent / ensemble {ratio:.3f} ({low:.3f} to {high:.3f}){target}. "
-        f"Each site sends {sent:.2f} MB. Intervals: bootstrap over test images."
+        f"Student minus {minus}. Each site sends {sent:.2f} MB. Intervals: bootstrap over test images."
     )
 
 
