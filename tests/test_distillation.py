@@ -611,7 +611,7 @@ def test_replies_of_another_round_do_not_count(bench: Bench) -> None:
         ({"sampler": None}, "unconditional"),
         ({"mode": None, "sampler": None}, "unconditional"),
         ({"mode": "unconditional", "sampler": None}, "no mask"),
-        ({"objective": GeneratorObjective(divergence="kl")}, "jensen_shannon or released"),
+        ({"objective": GeneratorObjective(divergence="kl")}, "jensen_shannon, released, information"),
         ({"quorum": 3}, "quorum of 1 to 2"),
         ({"quorum": 0}, "quorum of 1 to 2"),
         ({"schedule": replace(SHORT, replay=0)}, "replay"),
