@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,8 @@ def network() -> torch.nn.Module:
 def test_the_features_are_what_the_network_itself_computes_at_its_bottom(network: torch.nn.Module) -> None:
     """A second route: a hook on the only module that gives 128 channels, in a whole forward pass."""
     seen: list[torch.Tensor] = []
-    deepest = network.model[1].submodule[1].submodule[1].submodule
+    body: Any = network.model
+    deepest = body[1].submodule[1].submodule[1].submodule
     handle = deepest.register_forward_hook(lambda module, args, output: seen.append(output))
     x = torch.randn(1, 4, 16, 16, 16)  # brain everywhere: the mean over the brain is the mean
     with torch.no_grad():
