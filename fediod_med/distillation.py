@@ -440,11 +440,18 @@ def _begin(
     if generator is not None:
         generator = generator.to(device).train()
         state.generator = generator
-        state.generator_average = AveragedModel(generator, multi_avg_fn=average)
+        # A generator takes few steps: an average that begins slow would still be the generator it started from.
+        state.generator_average = AveragedModel(generator, avg_fn=partial(warmed_average, decay=schedule.ema))
         state.generator_optimizer = torch.optim.Adam(
             generator.parameters(), lr=schedule.generator_rate, betas=(0.5, 0.999)
         )
     return state
+
+
+def warmed_average(average: Tensor, now: Tensor, steps: Tensor | int, *, decay: float) -> Tensor:
+    """Exponential average whose decay after n steps is `min(decay, (1 + n) / (10 + n))`: it forgets the start."""
+    share = min(decay, (1 + int(steps)) / (10 + int(steps)))
+    return average + (now - average) * (1 - share)
 
 
 def _synthesise(

@@ -31,6 +31,7 @@ from fediod_med.distillation import (
     snapshot_rounds,
     softmax_pull_back,
     synthetic_volumes,
+    warmed_average,
 )
 from fediod_med.errors import ProtocolError, SettingsError, WeightsError
 from fediod_med.federation.critic import PlainCritic
@@ -811,3 +812,11 @@ def test_queries_of_a_run_are_messages(bench: Bench) -> None:
     assert all(pack(query) for query in asked)
     snapshots = {q.round for q in asked if q.kind == "answer" and q.settings["snapshot"]}
     assert snapshots == {2}
+
+
+def test_the_average_of_few_steps_has_forgotten_the_start() -> None:
+    average = torch.zeros(())
+    for step in range(1, 31):
+        average = warmed_average(average, torch.ones(()), step, decay=0.99)
+    assert float(average) > 0.99, "a decay of .99 from the start would leave .74 of it"
+    assert float(warmed_average(torch.zeros(()), torch.ones(()), 10_000, decay=0.99)) == pytest.approx(0.01)
