@@ -122,6 +122,15 @@ def test_resume_keeps_what_is_done_and_only_that(folder, tmp_path):
     assert len(table(out / "volumes.csv")) == 5
 
 
+def test_a_record_names_its_scans_from_anywhere(folder, tmp_path, monkeypatch):
+    case = min(folder.iterdir())
+    monkeypatch.chdir(folder)
+    assert run("segment", "-i", case.name, "-o", "../out", "--quiet", "--no-preview")[0] == 0
+    record = json.loads((tmp_path / "out" / "records" / f"{case.name}.json").read_text())
+    monkeypatch.chdir("/")
+    assert {Path(name).parent for name in record["inputs"]} == {case}
+
+
 def test_resume_with_other_options_or_model_does_everything_again(folder, tmp_path):
     out = tmp_path / "out"
     cases = find_inputs(folder)[:2]

@@ -108,7 +108,9 @@ def read_case(case: Case, options: SegmentOptions) -> Loaded:
 
 
 def input_files(case: Case) -> dict[str, str]:
-    """SHA-256 of every file that a case is read from, by its path; one number stands for all files of a study.
+    """SHA-256 of every file that a case is read from, by its whole path; one number stands for all files of a study.
+
+    Whole paths, since a record is read from other folders than the one that the command was given in.
 
     Raises:
         InputError: a file cannot be read.
@@ -118,10 +120,12 @@ def input_files(case: Case) -> dict[str, str]:
         files = sorted(path for path in case.study.rglob("*") if path.is_file())
         for path in files:
             digest.update(f"{path.relative_to(case.study).as_posix()} {sha256(path)}\n".encode())
-        return {f"{case.study} ({len(files)} files)": digest.hexdigest()}
+        return {f"{case.study.resolve()} ({len(files)} files)": digest.hexdigest()}
     if case.subject is None:
         return {}
-    return {str(path): sha256(path) for path in dict.fromkeys(case.subject.images[name] for name in SEQUENCES)}
+    return {
+        os.path.abspath(path): sha256(path) for path in dict.fromkeys(case.subject.images[name] for name in SEQUENCES)
+    }
 
 
 def _refuse(case: Case, findings: tuple[Finding, ...], *, strict: bool) -> None:
