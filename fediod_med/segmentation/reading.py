@@ -123,9 +123,8 @@ def input_files(case: Case) -> dict[str, str]:
         return {f"{case.study.resolve()} ({len(files)} files)": digest.hexdigest()}
     if case.subject is None:
         return {}
-    return {
-        os.path.abspath(path): sha256(path) for path in dict.fromkeys(case.subject.images[name] for name in SEQUENCES)
-    }
+    paths = dict.fromkeys(case.subject.images[name] for name in SEQUENCES)
+    return {str(path.resolve()): sha256(path) for path in paths}
 
 
 def _refuse(case: Case, findings: tuple[Finding, ...], *, strict: bool) -> None:
