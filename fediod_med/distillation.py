@@ -218,7 +218,7 @@ def distill(
     quorum: int | None = None,
     timeout_s: float = 600.0,
     on_round: Callable[[Mapping[str, float]], None] | None = None,
-    on_snapshot: Callable[[Snapshot], None] | None = None,
+    on_snapshot: Callable[[Snapshot], object] | None = None,
 ) -> DistillationState:
     """Train the student (and the generator) against the hospitals.
 

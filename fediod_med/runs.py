@@ -67,7 +67,7 @@ from fediod_med.segmentation.options import SegmentOptions, load_model
 from fediod_med.segmentation.steps import CaseSegmenter
 from fediod_med.site_gate import open_gate
 from fediod_med.sites import Site, check_disjoint, load_sites
-from fediod_med.snapshots import Snapshot, read_rounds, write_snapshot, write_synthetic
+from fediod_med.snapshots import read_rounds, write_final_volumes, write_snapshot
 from fediod_med.synthetic_report import MOST_VOLUMES, Judged, quality_report
 from fediod_med.teacher import warm_start
 
@@ -188,9 +188,6 @@ def run_distillation(
             _write_heads(out, federation)
             progress(f"distil {name}", int(record["round"]), schedule.rounds, _losses(record))
 
-        def on_snapshot(snapshot: Snapshot) -> None:
-            write_snapshot(out / "synthetic", snapshot, spacing=spacing)
-
         torch.manual_seed(seed)
         student = warm_start(build_segmenter(**STUDENT), init="auto", spec=STUDENT)
         state = distill(
@@ -207,7 +204,7 @@ def run_distillation(
             checkpoint=out / "checkpoints" / f"{name}.pt",
             resume=resume,
             on_round=on_round,
-            on_snapshot=on_snapshot,
+            on_snapshot=partial(write_snapshot, out / "synthetic", spacing=spacing),
         )
         return state, federation
 
@@ -273,10 +270,7 @@ def run_distillation(
     behind = sampler if mode == "conditional" else None  # an unconditional generator makes its volumes of noise
     with clock("synthetic volumes"):
         made = final_volumes(state, sampler=behind, count=SYNTHETIC_VOLUMES, size=roi, seed=seed, device=compute_on)
-        finals = {f"synthetic-{index:02d}": found for index, found in enumerate(made)}
-        for name, (x, public) in finals.items():
-            maps = {} if public is None else {"labels": public.classes[0]}
-            write_synthetic(out / "synthetic" / name, x, maps=maps, spacing=spacing)
+        finals = write_final_volumes(out / "synthetic", made, spacing=spacing)
     with clock("synthetic quality"):
         asked = asked_volumes(state, schedule=schedule, sampler=behind, count=MOST_VOLUMES)
         quality = quality_report(
@@ -578,7 +572,11 @@ def _summary(
     return {
         "notice": NOT_FOR_CLINICAL_USE,
         "privacy": {site: dict(terms) for site, terms in privacy.items()},
-        "privacy_statement": _statement(privacy),
+        "privacy_statement": statement.run_statement(
+            privacy,
+            checked="summary.json has the full statement of each, `fediod privacy verify` checks it. Scores on "
+            "held-out patients are not covered.",
+        ),
         "data": data_name,
         "seed": seed,
         "mode": mode,
@@ -598,19 +596,6 @@ def _summary(
         "bytes": {"down": federation.bytes_down, "up": federation.bytes_up},
         "seconds": dict(seconds),
     }
-
-
-def _statement(privacy: Mapping[str, Mapping[str, Any]]) -> str:
-    """The run's privacy in a sentence: as weak as its weakest hospital."""
-    bare = [site for site, terms in privacy.items() if terms["epsilon"] is None]
-    if bare:
-        return f"NOT PRIVATE ({', '.join(bare)}). {statement.NOT_PRIVATE}"
-    worst = max(float(terms["epsilon"]) for terms in privacy.values())
-    return (
-        f"Differentially private per patient at each of {len(privacy)} hospitals: epsilon at most {worst:.4g} (RDP); "
-        f"summary.json has the full statement of each, `fediod privacy verify` checks it. Scores on held-out patients "
-        f"are not covered."
-    )
 
 
 def _read_heads(out: Path) -> dict[str, Head]:

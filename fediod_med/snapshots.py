@@ -6,7 +6,7 @@ the truth about left and right.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +88,26 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, spacing: float) -> Path:
             maps["labels"] = snapshot.public.classes[index]
         write_synthetic(home / f"synthetic-{index:02d}", x, maps=maps, phantom=phantom, spacing=spacing)
     return home
+
+
+def write_final_volumes(
+    folder: Path, volumes: Iterable[tuple[Tensor, PublicBatch | None]], *, spacing: float
+) -> dict[str, tuple[Tensor, PublicBatch | None]]:
+    """Write a run's last volumes as `synthetic-00` and so on, with `_labels` where a phantom is behind them.
+
+    Args:
+        folder: `synthetic` of a run folder.
+        volumes: as `distillation.final_volumes` gives them: `(4, D, H, W)` and a batch of one, or none.
+        spacing: working grid, mm.
+
+    Returns:
+        What was written, by name.
+    """
+    named = {f"synthetic-{index:02d}": found for index, found in enumerate(volumes)}
+    for name, (x, public) in named.items():
+        maps = {} if public is None else {"labels": public.classes[0]}
+        write_synthetic(folder / name, x, maps=maps, spacing=spacing)
+    return named
 
 
 @dataclass(frozen=True, eq=False)

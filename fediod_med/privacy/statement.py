@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from fediod_med import __version__
 from fediod_med.privacy.accounting import EpsilonReport
@@ -73,6 +75,23 @@ def privacy_statement(
         empirical,
     )
     return " ".join(sentences)
+
+
+def run_statement(privacy: Mapping[str, Mapping[str, Any]], *, checked: str) -> str:
+    """A run's privacy in a sentence or two: as weak as its weakest hospital.
+
+    Args:
+        privacy: records by hospital (`hospitals.privacy_record`); `epsilon` is `None` where nothing was promised.
+        checked: where the claims are written out, and what they leave out.
+    """
+    bare = [site for site, terms in privacy.items() if terms["epsilon"] is None]
+    if bare:
+        return f"NOT PRIVATE ({', '.join(bare)}). {NOT_PRIVATE}"
+    worst = max(float(terms["epsilon"]) for terms in privacy.values())
+    return (
+        f"Differentially private per patient at each of {len(privacy)} hospitals: epsilon at most {worst:.4g} (RDP); "
+        f"{checked}"
+    )
 
 
 def _up(value: float) -> str:

@@ -6,26 +6,26 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fediod_med.checkpoints import Provenance, current_commit, load_state, save_state, save_weights
-from fediod_med.data.nifti import write_volumes
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.devices import pick_device
-from fediod_med.distillation import DistillationState, distill, synthetic_volumes
+from fediod_med.distillation import DistillationState, distill, final_volumes
 from fediod_med.errors import SettingsError
 from fediod_med.export import write_central_bundle
 from fediod_med.federation.flare.remote import RemoteFederation
 from fediod_med.federation.flare.settings import RunSettings
 from fediod_med.networks import STUDENT, Generator, build_segmenter
-from fediod_med.privacy.statement import NOT_PRIVATE
+from fediod_med.privacy.statement import run_statement
 from fediod_med.protocol import Federation
 from fediod_med.records import run_record, write_json
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
+from fediod_med.snapshots import write_final_volumes, write_snapshot
 from fediod_med.teacher import warm_start
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ def run_rounds(
         quorum=settings.quorum,
         timeout_s=settings.timeout_s,
         on_round=on_round,
+        on_snapshot=partial(write_snapshot, folder / "synthetic", spacing=settings.spacing),
     )
 
 
@@ -128,11 +129,22 @@ def finish(
     save_weights(folder / "student.safetensors", weights, provenance)
     write_central_bundle(folder / "bundle", weights, provenance)
     write_json(folder / "history.json", {"notice": NOT_FOR_CLINICAL_USE, "rounds": state.history})
-    _write_synthetic(state, settings, folder, device)
+    volumes = final_volumes(
+        state,
+        sampler=None if settings.mode == "unconditional" else _sampler(settings, folder),
+        count=SYNTHETIC_VOLUMES,
+        size=settings.roi,
+        seed=settings.seed,
+        device=pick_device(device),
+    )
+    write_final_volumes(folder / "synthetic", volumes, spacing=settings.spacing)
     summary = {
         "notice": NOT_FOR_CLINICAL_USE,
         "privacy": privacy,
-        "privacy_statement": statement(privacy),
+        "privacy_statement": run_statement(
+            privacy,
+            checked="by their own statements; each hospital can verify its ledger with `fediod privacy verify`.",
+        ),
         "data": settings.data_name,
         "seed": settings.seed,
         "mode": settings.mode,
@@ -156,18 +168,6 @@ def finish(
     return privacy
 
 
-def statement(privacy: Mapping[str, Mapping[str, Any]]) -> str:
-    """The run's privacy in a sentence: as weak as its weakest hospital."""
-    bare = [site for site, terms in privacy.items() if terms["epsilon"] is None]
-    if bare:
-        return f"NOT PRIVATE ({', '.join(bare)}). {NOT_PRIVATE}"
-    worst = max(float(terms["epsilon"]) for terms in privacy.values())
-    return (
-        f"Differentially private per patient at each of {len(privacy)} hospitals: epsilon at most {worst:.4g} (RDP), "
-        "by their own statements; each hospital can verify its ledger with `fediod privacy verify`."
-    )
-
-
 def _sampler(settings: RunSettings, folder: Path) -> PublicSampler:
     """The public phantoms, made once a run: later segments read them back."""
     path = folder / "checkpoints" / "phantoms.pt"
@@ -179,20 +179,3 @@ def _sampler(settings: RunSettings, folder: Path) -> PublicSampler:
     images, tissues = sampler.pool()
     save_state(path, {"images": images, "tissues": tissues})
     return sampler
-
-
-def _write_synthetic(state: DistillationState, settings: RunSettings, folder: Path, device: str) -> None:
-    affine = np.diag([settings.spacing, settings.spacing, settings.spacing, 1.0])
-    volumes = synthetic_volumes(
-        state,
-        sampler=None if settings.mode == "unconditional" else _sampler(settings, folder),
-        count=SYNTHETIC_VOLUMES,
-        size=settings.roi,
-        seed=settings.seed,
-        device=pick_device(device),
-    )
-    for index, (x, classes) in enumerate(volumes):
-        write_volumes(folder / "synthetic" / f"synthetic-{index:02d}.nii.gz", x.numpy(), affine)
-        if classes is not None:
-            path = folder / "synthetic" / f"synthetic-{index:02d}_labels.nii.gz"
-            write_volumes(path, classes.numpy().astype(np.float32), affine)
