@@ -158,6 +158,7 @@ def kill_loop(kills: int, work: Callable[[int, int], None], seed: int) -> list[l
 
 
 def check_releases(root: Path, left: list[list[str]]) -> None:
+    open_gate(root)  # sets a line aside whose writer was killed
     events = [record.event for record in records(root)]
     assert events.count("charge") >= len({query for query, _ in left})
     payloads = defaultdict(set)
@@ -172,7 +173,8 @@ def check_releases(root: Path, left: list[list[str]]) -> None:
     assert verify_ledger(root / "log", key=ledger_key(root / "key"), head=gate.head).ok
 
 
-def test_releases_killed_at_random_times_are_charged_and_never_noised_twice(tmp_path):
+@pytest.mark.parametrize("kills", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_releases_killed_at_random_times_are_charged_and_never_noised_twice(tmp_path, kills):
     gate = open_gate(tmp_path)
     ask(gate, "warm")
 
@@ -181,12 +183,13 @@ def test_releases_killed_at_random_times_are_charged_and_never_noised_twice(tmp_
         payload = ask(gate, query)
         os.write(pipe, f"{query} {hashlib.sha256(payload).hexdigest()}\n".encode())
 
-    left = kill_loop(200, work, seed=1)
-    assert len(left) >= 10, "some must get through"
+    left = kill_loop(kills, work, seed=1)
+    assert len(left) >= kills // 20, "some must get through"
     check_releases(tmp_path, left)
 
 
-def test_trainings_killed_at_random_times_stay_charged_and_resume(tmp_path):
+@pytest.mark.parametrize("kills", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_trainings_killed_at_random_times_stay_charged_and_resume(tmp_path, kills):
     gate = open_gate(tmp_path, TRAININGS)
 
     def work(i: int, pipe: int) -> None:
@@ -197,8 +200,9 @@ def test_trainings_killed_at_random_times_stay_charged_and_resume(tmp_path):
         gate.finish_training(permit, weights)
         os.write(pipe, f"finished {permit.permit_id} {weights}\n".encode())
 
-    left = kill_loop(200, work, seed=2)
-    assert len(left) >= 10, "some must get through"
+    left = kill_loop(kills, work, seed=2)
+    assert len(left) >= kills // 20, "some must get through"
+    reopened = open_gate(tmp_path, TRAININGS)  # sets a line aside whose writer was killed
     begun = {record.hash for record in records(tmp_path) if record.event == "train"}
     finished = {(r.body["permit"], r.body["weights"]) for r in records(tmp_path) if r.event == "trained"}
     assert {permit for what, _, permit in left if what == "begun"} <= begun
@@ -206,13 +210,12 @@ def test_trainings_killed_at_random_times_stay_charged_and_resume(tmp_path):
     # A run that was not finished has one permit, however often its process was killed.
     open_runs = [r.body["run"] for r in records(tmp_path) if r.event == "train" and r.hash not in dict(finished)]
     assert len(open_runs) == len(set(open_runs))
-    reopened = open_gate(tmp_path, TRAININGS)
     assert reopened.spent_epsilon() == pytest.approx(rdp_epsilon([Mechanism(30.0, 1.0, 3 * len(begun))], 1e-5))
     assert verify_ledger(tmp_path / "log", key=ledger_key(tmp_path / "key"), head=reopened.head).ok
 
 
 def test_a_kill_before_and_after_every_system_call_of_a_release_is_safe(tmp_path, monkeypatch):
-    """Kills at each write, sync and rename in turn, until one release runs to its end."""
+    """Kills at each write, sync and rename in turn, and within writes, until one release runs to its end."""
     ask(open_gate(tmp_path), "warm")
     read, write = os.pipe()
     left: list[list[str]] = []
@@ -231,6 +234,9 @@ def test_a_kill_before_and_after_every_system_call_of_a_release_is_safe(tmp_path
             return call
 
         def work() -> None:
+            write_part = os.write
+            # A kill within a write leaves a part of it behind, as at the border of two memory pages.
+            monkeypatch.setattr(os, "write", lambda file, data: write_part(file, data[: max(len(data) // 2, 200)]))
             for name in ("write", "fsync", "open"):
                 monkeypatch.setattr(os, name, counted(getattr(os, name)))
             monkeypatch.setattr(Path, "replace", counted(Path.replace))
@@ -245,6 +251,7 @@ def test_a_kill_before_and_after_every_system_call_of_a_release_is_safe(tmp_path
     os.close(read)
     os.close(write)
     assert 20 < when < 200
+    assert list((tmp_path / "log").glob("ledger.jsonl.torn-*"))
     charges = [record for record in records(tmp_path) if record.event == "charge" and record.body["query"] == "q"]
     assert len(charges) > 1  # killed between charge and release: spent, and paid again
     check_releases(tmp_path, left)

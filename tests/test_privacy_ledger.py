@@ -185,16 +185,33 @@ def test_a_missing_ledger_of_known_patients_is_a_hard_stop(root):
         open_gate(root, folder="elsewhere")
 
 
-def test_a_torn_end_is_a_hard_stop_that_says_what_to_do(root):
-    data = ledger(root).read_bytes()
-    with ledger(root).open("ab") as handle:
-        handle.write(b'{"body":{"charge":')
-    stops(root, "delete the part after the last newline")
-    ledger(root).write_bytes(data)
+@pytest.mark.parametrize("written", [1, 20, -1])
+def test_a_line_whose_writer_was_killed_is_set_aside_and_costs_nothing(root, written):
+    before, spent = ledger(root).read_bytes(), open_gate(root).spent_epsilon()
+    shutil.copytree(root / "key", root / "key-before")
     release(open_gate(root), "q2")
-    ledger(root).write_bytes(ledger(root).read_bytes()[:-10])  # torn, but a witness has seen it whole
-    stops(root, "incomplete")
-    ledger(root).write_bytes(ledger(root).read_bytes().rpartition(b"\n")[0] + b"\n")
+    later = ledger(root).read_bytes()
+    charge = later[len(before) :].split(b"\n")[0] + b"\n"
+    shutil.rmtree(root / "key")
+    shutil.copytree(root / "key-before", root / "key")  # the kill came before the witness moved
+    ledger(root).write_bytes(before + charge[:written])
+    assert not verify_ledger(root / "log").ok
+    gate = open_gate(root)
+    assert gate.spent_epsilon() == spent
+    assert ledger(root).read_bytes() == before
+    assert [path.read_bytes() for path in (root / "log").glob("ledger.jsonl.torn-*")] == [charge[:written]]
+    assert verify_ledger(root / "log", key=ledger_key(root / "key"), head=gate.head).ok
+    release(gate, "q2")
+    assert len(ledger(root).read_bytes().splitlines()) == len(later.splitlines())
+
+
+def test_a_torn_end_that_a_witness_has_seen_whole_is_a_hard_stop_and_stays(root):
+    release(open_gate(root), "q2")
+    torn = ledger(root).read_bytes()[:-10]
+    ledger(root).write_bytes(torn)
+    stops(root, "as witnessed")
+    assert ledger(root).read_bytes() == torn
+    ledger(root).write_bytes(torn.rpartition(b"\n")[0] + b"\n")
     stops(root, "as witnessed")
 
 

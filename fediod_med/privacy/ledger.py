@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -43,6 +44,8 @@ from fediod_med.privacy.policy import (
     write_policy,
 )
 from fediod_med.privacy.records import RESTORE, Head, Record, read_chain
+
+logger = logging.getLogger(__name__)
 
 LEDGER, POLICY, PAYLOADS = "ledger.jsonl", "policy.json", "payloads"
 
@@ -250,14 +253,34 @@ class PrivacyLedger:
                 data = handle.read()
         if data[:known] != self._last_line:
             raise PrivacyError(f"{self._path}: was shortened or rewritten while in use; {RESTORE}")
+        whole = data[known : data.rfind(b"\n") + 1]
+        torn = data[known + len(whole) :]
         try:
-            for record in read_chain(data[known:], self.head, key=self._key, where=str(self._path)):
+            for record in read_chain(whole, self.head, key=self._key, where=str(self._path)):
                 self._take_in(record)
+            self._check_same_patients()
+            self._check_witness()
         except BaseException:
             self._forget()
             raise
-        self._check_same_patients()
-        self._check_witness()
+        if torn:
+            self._set_aside(torn)
+
+    def _set_aside(self, torn: bytes) -> None:
+        """Take a line without its end out of the ledger, once the witness has confirmed that all lines before it are there.
+
+        Whoever wrote it was killed in the middle, and acts on a record only after it is synced: nothing left on its
+        strength. The bytes are kept beside the ledger.
+        """
+        kept = self._path.with_name(f"{LEDGER}.torn-{hashlib.sha256(torn).hexdigest()[:16]}")
+        replace_synced(kept, torn)
+        descriptor = os.open(self._path, os.O_WRONLY)
+        try:
+            os.ftruncate(descriptor, self._size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        logger.warning("%s: the last line was incomplete, its writer was killed; kept as %s", self._path, kept.name)
 
     def _take_in(self, record: Record) -> None:
         self.history.add(record)

@@ -86,8 +86,8 @@ def parse_record(line: bytes, where: str) -> Record:
     """
     if not line.endswith(b"\n"):
         raise PrivacyError(
-            f"{where}: the last line is incomplete; nothing left on its strength. If a power failure tore it, keep a "
-            "copy, delete the part after the last newline and open again: the witness then confirms that all is there"
+            f"{where}: the last line is incomplete: a process was killed while it wrote; nothing left on its strength. "
+            "The hospital's next run sets it aside, once the witness confirms that all lines before it are there"
         )
     try:
         record = Record(**json.loads(line))
