@@ -267,7 +267,7 @@ class PrivacyLedger:
             self._set_aside(torn)
 
     def _set_aside(self, torn: bytes) -> None:
-        """Take a line without its end out of the ledger, once the witness has confirmed that all lines before it are there.
+        """Take a line without its end out of the ledger, once the witness has confirmed all lines before it.
 
         Whoever wrote it was killed in the middle, and acts on a record only after it is synced: nothing left on its
         strength. The bytes are kept beside the ledger.
