@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from monai.networks.blocks import UpSample
 from monai.networks.layers import Norm
 from monai.networks.nets import Classifier, DynUNet, SegResNet, UNet
 from monai.networks.nets import Generator as LatentGenerator
@@ -171,7 +172,10 @@ class Generator(nn.Module):
         self.fine = _spade_block(width, width, labels)
         self.down = nn.Conv3d(width, 2 * width, kernel_size=2, stride=2)
         self.coarse = _spade_block(2 * width, 2 * width, labels)
-        self.up = nn.ConvTranspose3d(2 * width, width, kernel_size=2, stride=2)
+        # Interpolated, not transposed: a strided transposed convolution writes a checkerboard into the correction.
+        self.up = UpSample(
+            spatial_dims=3, in_channels=2 * width, out_channels=width, scale_factor=2, mode="nontrainable"
+        )
         self.merge = _spade_block(width, width, labels)
         self.head = nn.Conv3d(width, sequences, kernel_size=1)
         nn.init.zeros_(self.head.weight)
