@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fediod_med.checkpoints import load_state, save_state
 from fediod_med.data.sampler import PublicBatch, PublicSampler, upright
-from fediod_med.data.transforms import flip_together, jitter
+from fediod_med.data.transforms import flip_together, jitter, mix_pairs
 from fediod_med.devices import autocast_over
 from fediod_med.encodings import ENCODINGS, FP16
 from fediod_med.ensemble import competence_weights, merge, public_dice, site_shares
@@ -70,6 +70,7 @@ class GeneratorObjective:
             `information`, `pairwise` or `features`.
         realism_weights: whether the ensemble weighs hospitals by their discriminator's confidence.
         competence: temperature of the weights by Dice on phantoms whose truth is public; 0: no such weights.
+        entropy: temperature, nats, of the weights by how sure a hospital is of each voxel; 0: no such weights.
     """
 
     gan: float = 1.0
@@ -81,6 +82,7 @@ class GeneratorObjective:
     divergence: str = "jensen_shannon"
     realism_weights: bool = True
     competence: float = 0.05
+    entropy: float = 0.0
 
     @property
     def needs_discriminators(self) -> bool:
@@ -125,6 +127,11 @@ class Schedule:
             pairs of the replay buffer are few, and the student would forget its prior on them.
         checkpoint_every: rounds between checkpoints.
         encoding: of the hospitals' replies, `fp16` or `compact` (`encodings`).
+        mirrored: whether a hospital averages its teacher's answer over all mirror images of a volume.
+        candidates: volumes drawn for each one asked about; those on which the student errs most are kept. Their truth
+            is public, and the search asks nobody.
+        mixup: whether the volumes of a student batch are mixed pairwise with their targets (Zhang et al. 2018, arXiv
+            1710.09412, alpha 1).
     """
 
     rounds: int = 120
@@ -140,6 +147,9 @@ class Schedule:
     rehearsal: float = 0.5
     checkpoint_every: int = 25
     encoding: str = FP16
+    mirrored: bool = False
+    candidates: int = 1
+    mixup: bool = False
 
 
 @dataclass
@@ -272,7 +282,9 @@ def distill(
     while state.round < schedule.rounds:
         number = state.round + 1
         random = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        public = None if sampler is None else sampler.draw(number, schedule.batch)
+        drawn = None if sampler is None else sampler.draw(number, schedule.batch * schedule.candidates)
+        kept_volumes = None if drawn is None else _hardest(state.student, drawn, schedule, device)
+        public = None if drawn is None or kept_volumes is None else drawn.some(kept_volumes)
         at_checkpoint = number % schedule.checkpoint_every == 0 or number == schedule.rounds
 
         asking = None if _is_phantom_round(number, public, schedule.phantom_share) else state.generator
@@ -283,6 +295,7 @@ def distill(
             {"x": x.detach()},
             adversarial=generator is not None and objective.needs_discriminators,
             differentiate=asking is not None and objective.needs_teachers,
+            mirrored=schedule.mirrored,
             snapshot=at_checkpoint and checkpoint is not None,
             rounds=schedule.rounds,
         )
@@ -296,6 +309,7 @@ def distill(
             counts=counts,
             realism=realism if objective.realism_weights else None,
             competence=_competence(state, objective, present),
+            entropy_temperature=objective.entropy or None,
         )
         if asking is None:
             q = weigh(probs)
@@ -307,7 +321,7 @@ def distill(
         if on_snapshot is not None and number in kept:
             by_site = dict(zip((federation.site_names[index] for index in present), probs, strict=True))
             on_snapshot(take_snapshot(number, x, by_site, q, _guess(state.student, x), public))
-        state.replay.append(_pair(x, q, public))
+        state.replay.append(_pair(x, q, public, kept_volumes))
         record |= _student_steps(state, schedule, number, sampler, random, device)
         state.history.append(record)
         state.round = number
@@ -370,8 +384,12 @@ class _Hospitals:
 def _check(
     generator: Generator | None, sampler: PublicSampler | None, objective: GeneratorObjective, schedule: Schedule
 ) -> None:
-    if min(schedule.batch, schedule.replay, schedule.checkpoint_every) < 1:
-        raise SettingsError(f"distillation: expected batch, replay, checkpoint_every of 1 or more, found {schedule}")
+    if min(schedule.batch, schedule.replay, schedule.checkpoint_every, schedule.candidates) < 1:
+        raise SettingsError(
+            f"distillation: expected batch, replay, checkpoint_every and candidates of 1 or more, found {schedule}"
+        )
+    if objective.entropy < 0:
+        raise SettingsError(f"distillation: expected an entropy temperature of 0 or more, found {objective.entropy}")
     if schedule.rehearsal < 0 or round(schedule.rehearsal * schedule.student_batch) >= schedule.student_batch:
         raise SettingsError(
             f"distillation: expected a rehearsal that leaves at least one of {schedule.student_batch} volumes of a "
@@ -452,6 +470,18 @@ def warmed_average(average: Tensor, now: Tensor, steps: Tensor | int, *, decay: 
     """Exponential average whose decay after n steps is `min(decay, (1 + n) / (10 + n))`: it forgets the start."""
     share = min(decay, (1 + int(steps)) / (10 + int(steps)))
     return average + (now - average) * (1 - share)
+
+
+def _hardest(student: nn.Module, drawn: PublicBatch, schedule: Schedule, device: torch.device) -> list[int]:
+    """Which volumes of the public ones drawn a round asks about: those with the student's lowest Dice.
+
+    Dice of the tumour classes, see `ensemble.public_dice`, on the phantom itself.
+    """
+    if schedule.candidates == 1:
+        return list(range(schedule.batch))
+    guess = _guess(student, drawn.base.to(device)).cpu()
+    dice = [public_dice(g[None, None], t[None])[0, 1:].mean() for g, t in zip(guess, drawn.classes, strict=True)]
+    return torch.stack(dice).argsort(stable=True)[: schedule.batch].tolist()
 
 
 def _synthesise(
@@ -591,11 +621,13 @@ def softmax_pull_back(probs: Tensor, gradient: Tensor) -> Tensor:
     return probs * (gradient - (probs * gradient).sum(dim=1, keepdim=True))
 
 
-def _pair(x: Tensor, q: Tensor, public: PublicBatch | None) -> dict[str, Tensor]:
-    """What the replay buffer keeps of a round: fp16 on the CPU."""
+def _pair(x: Tensor, q: Tensor, public: PublicBatch | None, kept: list[int] | None) -> dict[str, Tensor]:
+    """What the replay buffer keeps of a round, fp16 on the CPU; `kept` numbers the volumes among those drawn."""
     pair = {"x": x.detach().half().cpu(), "q": q.detach().half().cpu()}
     if public is not None:
         pair["classes"] = public.classes.to(torch.uint8)
+    if kept is not None:
+        pair["kept"] = torch.tensor(kept)
     return pair
 
 
@@ -635,6 +667,8 @@ def _student_steps(
         dense = target.dim() > 2
         if dense:
             x, target = flip_together([jitter(x, random), target], random)
+        if schedule.mixup:
+            x, target = mix_pairs([x, target], random)
         x, target = x.to(device), target.to(device)
         with autocast_over(x.device, x.shape[2:]):
             logits = state.student(x)
@@ -719,8 +753,10 @@ def asked_volumes(
     for number in reversed(asking_rounds(schedule, public=sampler is not None)):
         if not oldest < number <= state.round:
             continue
-        x = state.replay[number - oldest - 1]["x"].float()
-        drawn = None if sampler is None else sampler.draw(number, schedule.batch)
+        pair = state.replay[number - oldest - 1]
+        x, drawn = pair["x"].float(), None
+        if sampler is not None:
+            drawn = sampler.draw(number, schedule.batch * schedule.candidates).some(pair["kept"].tolist())
         for index in range(len(x)):
             if len(chosen) == count:
                 break

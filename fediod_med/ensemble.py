@@ -6,8 +6,11 @@ weights do not, so the published logit weighting depends on arbitrary offsets (F
 
 from __future__ import annotations
 
+import math
+from itertools import chain, combinations
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from fediod_med.losses import entropy_map
@@ -115,3 +118,19 @@ def merge(
         weights = weights * entropy_confidence(probs, entropy_temperature)
     mixed = (weights / weights.sum(dim=0, keepdim=True) * probs).sum(dim=0)
     return mixed / mixed.sum(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def mirrored_logits(network: nn.Module, x: Tensor) -> Tensor:
+    """Log of one network's class probabilities averaged over all mirror images of x, each mirrored back.
+
+    Args:
+        network: `(B, S, ...)` to logits `(B, C, ...)`, edges alike.
+        x: `(B, S, ...)` with any number of spatial axes.
+
+    Returns:
+        `(B, C, ...)`; its softmax is the averaged answer, so it stands for the network's logits, gradients included.
+    """
+    axes = range(2, x.dim())
+    mirrors = list(chain.from_iterable(combinations(axes, count) for count in range(len(axes) + 1)))
+    answers = [torch.log_softmax(network(x.flip(m)).float(), dim=1).flip(m) for m in mirrors]
+    return torch.logsumexp(torch.stack(answers), dim=0) - math.log(len(mirrors))

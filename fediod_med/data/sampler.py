@@ -61,8 +61,11 @@ class PublicBatch:
 
     def only(self, index: int) -> PublicBatch:
         """A batch of one: volume number `index`."""
-        one = slice(index, index + 1)
-        return PublicBatch(self.base[one], self.tissues[one], self.classes[one], self.mirrored[one], self.phantoms[one])
+        return self.some([index])
+
+    def some(self, index: Sequence[int]) -> PublicBatch:
+        """A batch of the volumes with these numbers, in this order."""
+        return PublicBatch(**{f.name: getattr(self, f.name)[list(index)] for f in fields(self)})
 
     @classmethod
     def of(cls, batches: Sequence[PublicBatch]) -> PublicBatch:

@@ -214,6 +214,15 @@ def flip_together(tensors: Sequence[Tensor], generator: torch.Generator) -> list
     return [tensor.flip(axes) for tensor in tensors]
 
 
+def mix_pairs(tensors: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Each volume of a batch mixed with the one before it, `l v_i + (1 - l) v_(i-1)`, one l for all, uniform in (0, 1).
+
+    Mixup (Zhang et al. 2018, arXiv 1710.09412, equation 1) with alpha 1; `(B, ...)` each, images and their targets.
+    """
+    share = float(torch.rand((), generator=generator))
+    return [share * tensor + (1 - share) * tensor.roll(1, dims=0) for tensor in tensors]
+
+
 def to_native(probs: MetaTensor, *, affine: np.ndarray | Tensor, shape: Sequence[int]) -> Tensor:
     """Bring class probabilities from the working grid back to the scan's own grid.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fediod_med.devices import autocast_over
 from fediod_med.encodings import FP16, check_encoding
+from fediod_med.ensemble import mirrored_logits
 from fediod_med.errors import ProtocolError
 from fediod_med.federation.critic import Critic
 from fediod_med.privacy.gate import Gate, Sealed
@@ -191,7 +192,8 @@ class SiteNode:
         differentiate = bool(query.settings.get("differentiate", False))
         with torch.set_grad_enabled(differentiate), autocast_over(x.device, x.shape[2:]):
             leaf = x.detach().requires_grad_(differentiate)
-            logits: Tensor = self._teacher(leaf).float()
+            mirrored = bool(query.settings.get("mirrored", False))
+            logits: Tensor = mirrored_logits(self._teacher, leaf) if mirrored else self._teacher(leaf).float()
         if differentiate:
             self._pending = _Pending(query.run_id, query.round, leaf, logits)
         return logits.detach()
