@@ -33,6 +33,7 @@ from fediod_med.distillation import (
     synthetic_volumes,
     warmed_average,
 )
+from fediod_med.ensemble import public_dice
 from fediod_med.errors import ProtocolError, SettingsError, WeightsError
 from fediod_med.federation.critic import PlainCritic
 from fediod_med.federation.embedded import EmbeddedFederation
@@ -820,3 +821,46 @@ def test_the_average_of_few_steps_has_forgotten_the_start() -> None:
         average = warmed_average(average, torch.ones(()), step, decay=0.99)
     assert float(average) > 0.99, "a decay of .99 from the start would leave .74 of it"
     assert float(warmed_average(torch.zeros(()), torch.ones(()), 10_000, decay=0.99)) == pytest.approx(0.01)
+
+
+def test_a_run_with_every_addition_resumes_to_the_same_weights(bench: Bench) -> None:
+    schedule = replace(SHORT, rounds=4, phantom_share=0.5, mirrored=True, candidates=3, mixup=True)
+    arguments: dict[str, Any] = {"schedule": schedule, "objective": replace(GeneratorObjective(), entropy=0.2)}
+    whole = bench.distill(**arguments)
+    checkpoint = bench.folder / "centre.pt"
+    with pytest.raises(InterruptedRunError):
+        bench.distill(**arguments, checkpoint=checkpoint, on_round=interrupt_after(3))
+    resumed = bench.distill(**arguments, checkpoint=checkpoint, resume=True)
+    assert equal_states(whole, resumed)
+    plain = bench.distill(schedule=replace(SHORT, rounds=4, phantom_share=0.5))
+    assert not equal_states(whole, plain)
+
+
+def test_a_search_asks_about_the_volumes_on_which_the_student_errs_most(bench: Bench, sampler: PublicSampler) -> None:
+    """With a student that stands still, the volumes asked about are the two worst of the six drawn."""
+    schedule = replace(SHORT, rounds=1, batch=2, candidates=3, student_steps=0)
+    state = bench.distill(mode=None, schedule=schedule, objective=NOTHING)
+    drawn = sampler.draw(1, 6)
+    with torch.no_grad():
+        guess = torch.softmax(state.student.eval()(drawn.base), dim=1)
+    dice = [float(public_dice(guess[i][None, None], drawn.classes[i][None])[0, 1:].mean()) for i in range(6)]
+    worst = sorted(range(6), key=dice.__getitem__)[:2]
+    assert len({*dice}) == 6
+    assert torch.equal(state.replay[0]["x"], drawn.base[worst].half())
+    assert torch.equal(state.replay[0]["classes"], drawn.classes[worst].to(torch.uint8))
+
+
+def test_asked_volumes_of_a_search_come_with_their_own_phantoms(bench: Bench, sampler: PublicSampler) -> None:
+    schedule = replace(SHORT, rounds=3, batch=1, candidates=3, generator_rate=0.0)
+    state = bench.distill(schedule=schedule)
+    x, public = asked_volumes(state, schedule=schedule, sampler=sampler, count=9)
+    assert public is not None and len(x) >= 1
+    assert torch.equal(x, public.base.half().float())  # a generator that stands still returns the phantom
+
+
+@pytest.mark.parametrize(
+    "changes", [{"schedule": replace(SHORT, candidates=0)}, {"objective": replace(GeneratorObjective(), entropy=-1.0)}]
+)
+def test_impossible_additions_are_refused(bench: Bench, changes: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=r"candidates|entropy"):
+        bench.distill(**changes)

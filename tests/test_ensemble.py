@@ -14,6 +14,7 @@ from fediod_med.ensemble import (
     competence_weights,
     entropy_confidence,
     merge,
+    mirrored_logits,
     public_dice,
     realism_confidence,
     site_shares,
@@ -148,3 +149,22 @@ def test_a_more_competent_hospital_decides_its_class() -> None:
     assert torch.allclose(merge(probs, counts, competence=torch.ones(2, 4)), merge(probs, counts))
     only_first = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]])
     assert torch.allclose(merge(probs, counts, competence=only_first), probs[0], atol=1e-6)
+
+
+def test_a_mirrored_answer_is_the_mean_of_the_answers_to_all_mirror_images() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Conv3d(2, 3, kernel_size=3, padding=1)
+    x = torch.randn(2, 2, 4, 5, 6)
+    mirrors = [[], [2], [3], [4], [2, 3], [2, 4], [3, 4], [2, 3, 4]]
+    by_hand = torch.stack([torch.softmax(network(x.flip(m)), dim=1).flip(m) for m in mirrors]).mean(dim=0)
+    answer = torch.softmax(mirrored_logits(network, x), dim=1)
+    assert torch.allclose(answer, by_hand, atol=1e-6)
+    assert not torch.allclose(answer, torch.softmax(network(x), dim=1), atol=1e-2)
+    turned = torch.softmax(mirrored_logits(network, x.flip([3])), dim=1).flip([3])
+    assert torch.allclose(answer, turned, atol=1e-6)
+
+
+def test_mirroring_changes_nothing_for_a_network_that_looks_at_one_voxel() -> None:
+    network = torch.nn.Conv2d(2, 3, kernel_size=1)
+    x = torch.randn(1, 2, 4, 6)
+    assert torch.allclose(mirrored_logits(network, x), torch.log_softmax(network(x), dim=1), atol=1e-6)

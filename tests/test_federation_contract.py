@@ -233,3 +233,19 @@ def test_only_the_gate_seals_what_leaves() -> None:
         if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] == "Sealed"
     }
     assert makers == {"privacy/gate.py"}
+
+
+@pytest.mark.usefixtures("_float32")
+def test_a_mirrored_answer_has_the_gradient_of_its_mean(tmp_path: Path) -> None:
+    site = nodes(tmp_path)["north"]
+    x = volume()
+    probs = site._reply(answer(x, mirrored=True)).tensors["probs"]
+    direction = torch.randn(probs.shape, generator=torch.Generator().manual_seed(5))
+    query = Query("pull_back", "run", 1, {"logit_gradient": softmax_pull_back(probs, direction)})
+    pulled = site._reply(query).tensors["x_gradient"]
+    leaf = x.clone().requires_grad_(True)
+    mirrors = [[], [2], [3], [4], [2, 3], [2, 4], [3, 4], [2, 3, 4]]
+    mean = torch.stack([torch.softmax(site._teacher(leaf.flip(m)), dim=1).flip(m) for m in mirrors]).mean(dim=0)
+    assert torch.allclose(probs, mean, atol=1e-5)
+    (whole,) = torch.autograd.grad((mean * direction).sum(), leaf)
+    assert (pulled - whole).norm() <= 1e-4 * whole.norm()

@@ -21,6 +21,7 @@ from fediod_med.data.transforms import (
     augmentation,
     flip_together,
     jitter,
+    mix_pairs,
     normalise,
     preprocessing,
     to_native,
@@ -325,3 +326,13 @@ def test_a_real_scan_is_preprocessed_in_seconds(shared_data: Path) -> None:
     assert label is not None
     classes = to_native(one_hot(label), affine=loaded["native_affine"], shape=(240, 240, 155)).argmax(dim=0)
     assert dice(classes > 0, loaded["label"].as_tensor()[0] > 0) > 0.92
+
+
+def test_mixed_pairs_keep_images_and_targets_together() -> None:
+    x = torch.tensor([[1.0], [2.0], [4.0]])
+    mixed, target = mix_pairs([x, 10 * x], torch.Generator().manual_seed(0))
+    share = float(torch.rand((), generator=torch.Generator().manual_seed(0)))
+    assert 0 < share < 1
+    expected = [share * 1 + (1 - share) * 4, share * 2 + (1 - share) * 1, share * 4 + (1 - share) * 2]
+    assert mixed.flatten().tolist() == pytest.approx(expected)
+    assert torch.allclose(target, 10 * mixed)

@@ -21,6 +21,7 @@ OPENING_SECONDS = 3.0  # reading the hospitals' scans for a distilled row, on on
 ANSWER_PASSES = 0.5  # one volume at one hospital: the teacher's answer
 CRITIC_PASSES = 1.0  # the same: a discriminator's step and judgement
 EXCHANGE_PASSES = 1.2  # the same: pull-back, and the generator's share
+MIRRORS = 8  # images of a volume that an answer averaged over mirrors looks at
 LOCAL_PASSES = 1.25  # one crop of local training, with augmentation
 
 
@@ -62,8 +63,11 @@ def task_passes(plan: Plan, task: Task) -> float:
         if row.generator == "conditional":
             asked = generator_rounds(row.schedule)
         judged = profile.rounds if row.generator is not None and row.objective.needs_discriminators else 0
-        exchange = ANSWER_PASSES * profile.rounds + CRITIC_PASSES * judged + EXCHANGE_PASSES * asked
+        images = MIRRORS if row.schedule.mirrored else 1
+        exchange = images * (ANSWER_PASSES * profile.rounds + EXCHANGE_PASSES * asked) + CRITIC_PASSES * judged
         exchange *= row.schedule.batch * hospitals
+        if row.schedule.candidates > 1:
+            exchange += ANSWER_PASSES * profile.rounds * row.schedule.batch * row.schedule.candidates
         return exchange + profile.rounds * profile.student_steps * row.schedule.student_batch + scans
     return scans
 

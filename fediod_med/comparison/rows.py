@@ -11,6 +11,7 @@ from fediod_med.errors import SettingsError
 OURS = "ours"
 SITE = "site:"
 WITHOUT = "ours_without_"
+WITH = "ours_with_"
 ENSEMBLES = (
     "ensemble_mean",
     "ensemble_size",
@@ -22,14 +23,18 @@ ENSEMBLES = (
 AVERAGING = ("fedavg", "fedavg_tuned", "fedprox", "fedprox_tuned")
 PARTS = ("gan", "clarity", "unique", "mask", "transfer", "realism", "competence", "rehearsal", "phantoms")
 """What `ours` is run without, one part at a time; without its generator it is the row `kd_phantoms`."""
+ADDITIONS = ("mirrors", "entropy", "search", "mixup")
+"""What `ours` is run with beyond its defaults, one at a time; a part becomes a default only if this table says so."""
 DISTILLED = (
     "kd_phantoms",
     OURS,
+    "kd_real",
     "kd_noise",
     "asyndgan",
     "fediod_js_plus",
     "fediod_js_minus",
     *(WITHOUT + part for part in PARTS),
+    *(WITH + part for part in ADDITIONS),
 )
 ALIASES = {WITHOUT + "generator": "kd_phantoms"}
 """Rows that are another row by definition, and are computed once."""
@@ -75,6 +80,7 @@ _FIXED: tuple[RowKind, ...] = (
     RowKind("one_shot", "teachers' weights averaged once", _TEACHER, False),
     RowKind("kd_phantoms", "distilled on public phantoms, no generator", _NO_CRITIC, True),
     RowKind(OURS, "ours", _QUERIES, True),
+    RowKind("kd_real", "distilled on the hospitals' own training scans (ceiling)", "every training scan", False),
     RowKind("kd_noise", "distilled on smooth noise", _NO_CRITIC, True),
     RowKind("asyndgan", "AsynDGAN: discriminators and public label maps, no teachers", _CRITIC, True),
     RowKind("fediod_js_plus", "FedIOD as released: JS added, class ratio, unconditional", _QUERIES, True),
@@ -91,6 +97,12 @@ _PART_WORDS = {
     "rehearsal": "rehearsal of phantoms",
     "phantoms": "rounds on phantoms",
 }
+_ADDITION_WORDS = {
+    "mirrors": "answers averaged over mirror images",
+    "entropy": "voxel entropy in the ensemble's weights",
+    "search": "a search for volumes on which the student errs",
+    "mixup": "mixup of the student's batches",
+}
 
 
 def row_kind(key: str) -> RowKind:
@@ -102,13 +114,16 @@ def row_kind(key: str) -> RowKind:
         return RowKind(key, f"{key.removeprefix(SITE)} alone", _NOTHING, True)
     if key.startswith(WITHOUT) and (part := key.removeprefix(WITHOUT)) in PARTS:
         return RowKind(key, f"ours without the {_PART_WORDS[part]}", _QUERIES, True)
+    if key.startswith(WITH) and (part := key.removeprefix(WITH)) in ADDITIONS:
+        return RowKind(key, f"ours with {_ADDITION_WORDS[part]}", _QUERIES, True)
     raise SettingsError(f"row: unknown key {key!r}")
 
 
 def all_rows(site_names: Sequence[str]) -> tuple[str, ...]:
     """Every row, in the order in which they are run and shown."""
     fixed = [kind.key for kind in _FIXED]
-    return ("prior", *(SITE + name for name in site_names), *fixed[1:], *(WITHOUT + part for part in PARTS))
+    sites, without, more = (SITE + n for n in site_names), (WITHOUT + p for p in PARTS), (WITH + p for p in ADDITIONS)
+    return ("prior", *sites, *fixed[1:], *without, *more)
 
 
 def chosen_rows(patterns: Sequence[str], site_names: Sequence[str]) -> tuple[str, ...]:

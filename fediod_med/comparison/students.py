@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.transforms import GaussianSmooth
+from monai.transforms import GaussianSmooth, SpatialPad
 from torch import Tensor, nn
 
+from fediod_med.comparison.ensembles import ENTROPY_TEMPERATURE
 from fediod_med.comparison.profiles import Profile
-from fediod_med.comparison.rows import DISTILLED, OURS, WITHOUT
-from fediod_med.data.sampler import PublicSampler
-from fediod_med.distillation import PAPER_OBJECTIVE, GeneratorObjective, Schedule, distill
+from fediod_med.comparison.rows import DISTILLED, OURS, WITH, WITHOUT
+from fediod_med.data.sampler import PublicBatch, PublicSampler, pad_to
+from fediod_med.distillation import PAPER_OBJECTIVE, REHEARSAL_DRAWS, GeneratorObjective, Schedule, distill
 from fediod_med.encodings import FP16
 from fediod_med.errors import SettingsError
 from fediod_med.hospitals import Hospital, open_federation
@@ -35,7 +36,7 @@ class Recipe:
         objective: terms of the generator and of the ensemble's weights.
         schedule: rounds, steps and rates.
         generator: `conditional`, `unconditional`, or none.
-        volumes: `phantoms` or `noise`, what the centre draws from.
+        volumes: `phantoms`, `noise` or `scans` (the hospitals' own), what the centre asks about.
         teachers: whether the hospitals' teachers are asked.
     """
 
@@ -77,6 +78,9 @@ def recipe(key: str, profile: Profile) -> Recipe:
         return ours
     if key == "kd_phantoms":
         return dataclasses.replace(ours, generator=None)
+    if key == "kd_real":  # teachers know these scans by heart, so their Dice on them says nothing
+        objective = dataclasses.replace(ours.objective, competence=0.0)
+        return dataclasses.replace(ours, objective=objective, generator=None, volumes="scans")
     bare = dataclasses.replace(schedule, rehearsal=0.0, truth=0.0)
     if key == "kd_noise":
         return Recipe(dataclasses.replace(GeneratorObjective(), competence=0.0), bare, generator=None, volumes="noise")
@@ -96,6 +100,8 @@ def recipe(key: str, profile: Profile) -> Recipe:
         return Recipe(objective, dataclasses.replace(bare, phantom_share=0.0), generator="unconditional")
     if key in DISTILLED and key.startswith(WITHOUT):
         return _without(ours, key.removeprefix(WITHOUT))
+    if key in DISTILLED and key.startswith(WITH):
+        return _with(ours, key.removeprefix(WITH))
     raise SettingsError(f"row {key}: expected a distilled one")
 
 
@@ -147,7 +153,7 @@ def distil_row(
             federation,
             student=student,
             generator=generator,
-            sampler=_volumes(row, sampler, roi=roi, seed=seed),
+            sampler=_volumes(row, sampler, hospitals, roi=roi, seed=seed),
             objective=row.objective,
             schedule=row.schedule,
             size=roi,
@@ -186,9 +192,34 @@ def noise_sampler(*, roi: int, seed: int) -> PublicSampler:
     return PublicSampler.of_pool(torch.stack(images), tissues, roi=roi, seed=seed)
 
 
-def _volumes(row: Recipe, sampler: PublicSampler, *, roi: int, seed: int) -> PublicSampler | None:
+class ScansThenPhantoms(PublicSampler):
+    """Rounds draw from scans, rehearsal from phantoms: the ceiling, as no centre may have it. See `scan_sampler`."""
+
+    phantoms: PublicSampler
+
+    def draw(self, step: int, batch: int) -> PublicBatch:
+        """Scans for a round, phantoms for the student's rehearsal."""
+        return self.phantoms.draw(step, batch) if step >= REHEARSAL_DRAWS else super().draw(step, batch)
+
+
+def scan_sampler(hospitals: Sequence[Hospital], phantoms: PublicSampler, *, roi: int, seed: int) -> ScansThenPhantoms:
+    """A sampler over all hospitals' training scans, padded to one size; their label maps are not looked at."""
+    scans = [pad_to(torch.as_tensor(volume).half(), roi) for h in hospitals for p in h.patients for volume in p]
+    edges = [max(scan.shape[axis] for scan in scans) for axis in (1, 2, 3)]
+    images = torch.stack([torch.as_tensor(SpatialPad(edges)(scan)) for scan in scans])
+    tissues = torch.zeros((len(images), *edges), dtype=torch.uint8)
+    sampler = ScansThenPhantoms.of_pool(images, tissues, roi=roi, seed=seed)
+    sampler.phantoms = phantoms
+    return sampler
+
+
+def _volumes(
+    row: Recipe, sampler: PublicSampler, hospitals: Sequence[Hospital], *, roi: int, seed: int
+) -> PublicSampler | None:
     if row.generator == "unconditional":
         return None
+    if row.volumes == "scans":
+        return scan_sampler(hospitals, sampler, roi=roi, seed=seed)
     return noise_sampler(roi=roi, seed=seed) if row.volumes == "noise" else sampler
 
 
@@ -207,4 +238,12 @@ def _without(ours: Recipe, part: str) -> Recipe:
         "rehearsal": {"rehearsal": 0.0},
         "phantoms": {"phantom_share": 0.0},
     }
+    return dataclasses.replace(ours, schedule=dataclasses.replace(ours.schedule, **changed[part]))
+
+
+def _with(ours: Recipe, part: str) -> Recipe:
+    """`ours` with one part added; each at one setting, fixed before any score of it was seen."""
+    if part == "entropy":
+        return dataclasses.replace(ours, objective=dataclasses.replace(ours.objective, entropy=ENTROPY_TEMPERATURE))
+    changed: dict[str, Any] = {"mirrors": {"mirrored": True}, "search": {"candidates": 4}, "mixup": {"mixup": True}}
     return dataclasses.replace(ours, schedule=dataclasses.replace(ours.schedule, **changed[part]))

@@ -223,10 +223,13 @@ def _distilled(bench: Bench, key: str) -> None:
         seed=bench.cell.seed,
         device=bench.device,
     )
+    up = found.bytes_up
+    if row.volumes == "scans":  # the centre has them all
+        up = {site.site_name: _file_bytes(site.subjects()[0]) for site in bench.sites}
     bench.write(
         key,
         found.student,
-        bytes={"down": found.bytes_down, "up": found.bytes_up},
+        bytes={"down": found.bytes_down, "up": up},
         student_updates=row.schedule.rounds * row.schedule.student_steps,
         recipe=dataclasses.asdict(row),
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -129,7 +129,7 @@ class PublicSampler:
                 progress(i + 1, count)
 
     @classmethod
-    def of_pool(cls, images: Tensor, tissues: Tensor, *, roi: int, seed: int) -> PublicSampler:
+    def of_pool(cls, images: Tensor, tissues: Tensor, *, roi: int, seed: int) -> Self:
         """A sampler over volumes made before, as `pool` gives them; draws as the sampler that made them.
 
         Args:
