@@ -69,9 +69,13 @@ def autocast(device: torch.device, *, enabled: bool = True) -> contextlib.Abstra
 def autocast_over(
     device: torch.device, size: Sequence[int], *, enabled: bool = True
 ) -> contextlib.AbstractContextManager[Any]:
-    """`autocast` for training on volumes of `size` voxels; full precision for small ones on a CPU."""
+    """`autocast` where gradients flow, on volumes of `size` voxels; full precision for small ones on a CPU.
+
+    Never float16: without a loss scale its small gradients vanish, so older GPUs train in float32.
+    """
     small = device.type == "cpu" and min(size) < SMALLEST_REDUCED
-    return autocast(device, enabled=enabled and not small)
+    sound = not small and autocast_dtype(device) is not torch.float16
+    return autocast(device, enabled=enabled and sound)
 
 
 def _cpu_has_bf16() -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
-from fediod_med.devices import SMALLEST_REDUCED, autocast_dtype, autocast_over, pick_device
+from fediod_med.devices import SMALLEST_REDUCED, autocast, autocast_dtype, autocast_over, pick_device, private_precision
 from fediod_med.errors import SettingsError
 from fediod_med.networks import STUDENT, build_segmenter
 
@@ -21,6 +23,20 @@ def test_small_volumes_are_trained_in_full_precision_on_a_cpu() -> None:
     assert not reduced(SMALLEST_REDUCED - 1)
     assert reduced(SMALLEST_REDUCED) == (autocast_dtype(CPU) is not None)
     assert not reduced(SMALLEST_REDUCED, enabled=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available:UserWarning")
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_a_gpu_without_bfloat16_segments_in_float16_and_trains_in_float32(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool
+) -> None:
+    """Nothing here scales a loss, and float16 loses gradients below 6e-8."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+    gpu = torch.device("cuda")
+    assert autocast_dtype(gpu) is (torch.bfloat16 if has_bf16 else torch.float16)
+    assert not isinstance(autocast(gpu), contextlib.nullcontext)
+    assert isinstance(autocast_over(gpu, (96, 96, 96)), contextlib.nullcontext) == (not has_bf16)
+    assert private_precision(gpu) == ("bfloat16" if has_bf16 else "float32")
 
 
 def test_training_on_tiny_volumes_leaves_finite_weights() -> None:
