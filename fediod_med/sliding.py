@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 _SMALLEST_WINDOW = 32
 _SIGMA = 0.125  # of the window's edge, MONAI's default for Gaussian blending
-# Of CUDA, of torch on a CPU (two systems), of C++, and of oneDNN, which gives no other reason when its scratch
-# space does not fit (measured under an address-space limit).
+# Of CUDA and its libraries, of torch on a CPU (two systems), of C++, and of oneDNN, which gives no other reason when its
+# scratch space does not fit (measured under an address-space limit).
 _SIGNS_OF_NO_MEMORY = (
-    *("out of memory", "not enough memory", "can't allocate memory", "bad_alloc"),
+    *("out of memory", "alloc_failed", "not enough memory", "can't allocate memory", "bad_alloc"),
     *("could not create a primitive", "could not create a memory object", "could not execute a primitive"),
 )
 _SURE = 20.0  # logit of the background where no window looked: probability 1 to within 1e-8
@@ -164,7 +164,7 @@ def _windows_with_brain(image: Tensor, window: Window) -> list[tuple[slice, ...]
     """Places of the windows that hold at least one voxel that is not zero."""
     interval = tuple(max(1, int(window.roi * (1 - window.overlap))) for _ in range(3))
     places = dense_patch_slices(tuple(image.shape[1:]), (window.roi,) * 3, interval)
-    brain = (image != 0).any(dim=0)
+    brain = (image != 0).any(dim=0).cpu()  # one wait for a GPU instead of one per window
     return [tuple(place) for place in places if bool(brain[tuple(place)].any())]
 
 

@@ -130,6 +130,7 @@ def test_without_memory_the_windows_get_smaller_and_the_record_says_so(error):
     "words",
     [
         "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate",
         "std::bad_alloc",
         "could not create a primitive",
