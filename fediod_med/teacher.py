@@ -168,7 +168,7 @@ class ProgressHandler:
     def __init__(self, callback: Callable[[int, int, float], None] | None = None) -> None:
         """`callback` as above."""
         self._callback = callback
-        self._losses: list[float] = []
+        self._losses: list[torch.Tensor] = []
 
     def attach(self, engine: Engine) -> None:
         """Collect the loss of each step, report after each epoch."""
@@ -177,10 +177,11 @@ class ProgressHandler:
 
     def _collect(self, engine: Engine) -> None:
         output: Any = engine.state.output
-        self._losses.append(float((output[0] if isinstance(output, list) else output)["loss"]))
+        # Read at the end of the epoch: reading each one would make a GPU wait for the processor at every step.
+        self._losses.append(torch.as_tensor((output[0] if isinstance(output, list) else output)["loss"]).detach())
 
     def _report(self, engine: Engine) -> None:
-        loss = sum(self._losses) / max(len(self._losses), 1)
+        loss = sum(float(found) for found in self._losses) / max(len(self._losses), 1)
         self._losses.clear()
         epochs = int(engine.state.max_epochs or 0)
         logger.info("epoch %d of %d, loss %.4f", engine.state.epoch, epochs, loss)
