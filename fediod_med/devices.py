@@ -10,7 +10,8 @@ import torch
 
 from fediod_med.errors import SettingsError
 
-SMALLEST_REDUCED = 32  # voxels; below, reduced precision on a CPU was seen to leave NaN in the weights
+# Voxels; below, reduced precision on a CPU was seen to leave NaN in the weights, and a GPU waits for launches, not products.
+SMALLEST_REDUCED = 32
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -69,12 +70,11 @@ def autocast(device: torch.device, *, enabled: bool = True) -> contextlib.Abstra
 def autocast_over(
     device: torch.device, size: Sequence[int], *, enabled: bool = True
 ) -> contextlib.AbstractContextManager[Any]:
-    """`autocast` where gradients flow, on volumes of `size` voxels; full precision for small ones on a CPU.
+    """`autocast` where gradients flow, on volumes of `size` voxels; full precision for small ones.
 
     Never float16: without a loss scale its small gradients vanish, so older GPUs train in float32.
     """
-    small = device.type == "cpu" and min(size) < SMALLEST_REDUCED
-    sound = not small and autocast_dtype(device) is not torch.float16
+    sound = min(size) >= SMALLEST_REDUCED and autocast_dtype(device) is not torch.float16
     return autocast(device, enabled=enabled and sound)
 
 

@@ -19,7 +19,7 @@ def reduced(edge: int, *, enabled: bool = True) -> bool:
         return torch.is_autocast_enabled("cpu")
 
 
-def test_small_volumes_are_trained_in_full_precision_on_a_cpu() -> None:
+def test_small_volumes_are_trained_in_full_precision() -> None:
     assert not reduced(SMALLEST_REDUCED - 1)
     assert reduced(SMALLEST_REDUCED) == (autocast_dtype(CPU) is not None)
     assert not reduced(SMALLEST_REDUCED, enabled=False)
@@ -36,6 +36,7 @@ def test_a_gpu_without_bfloat16_segments_in_float16_and_trains_in_float32(
     assert autocast_dtype(gpu) is (torch.bfloat16 if has_bf16 else torch.float16)
     assert not isinstance(autocast(gpu), contextlib.nullcontext)
     assert isinstance(autocast_over(gpu, (96, 96, 96)), contextlib.nullcontext) == (not has_bf16)
+    assert isinstance(autocast_over(gpu, (16, 16, 16)), contextlib.nullcontext)
     assert private_precision(gpu) == ("bfloat16" if has_bf16 else "float32")
 
 
