@@ -34,13 +34,15 @@ class Task:
 
 
 def all_tasks(plan: Plan) -> list[Task]:
-    """Every task of a plan; a task comes after what it needs, cell by cell, in the order of the rows."""
+    """Every task of a plan, each after what it needs: the pools, which many wait for, then cell by cell, row by row."""
     tasks: dict[str, Task] = {}
 
     def add(task: Task) -> str:
         tasks.setdefault(task.key, task)
         return task.key
 
+    for seed in plan.seeds if any(row != "prior" for row in plan.rows) else ():
+        add(Task(f"pool-{seed}", "pool", Cell(seed, 0, plan.folds)))
     for cell in plan.cells:
         pool = f"pool-{cell.seed}"
         teachers = tuple(f"{cell.name}/{SITE}{name}" for name in plan.site_names)
@@ -59,8 +61,6 @@ def all_tasks(plan: Plan) -> list[Task]:
                 needs = (pool, *_tuning(plan, cell, row, add))
                 plain = row.removesuffix("_tuned")
                 needs += (f"{cell.name}/{plain}",) if plain in plan.rows else ()
-            if pool in needs:
-                add(Task(pool, "pool", Cell(cell.seed, 0, plan.folds)))
             if key not in teachers:
                 add(Task(key, kind, cell, written, subject, needs))
             else:
@@ -86,7 +86,6 @@ def _tuning(plan: Plan, cell: Cell, row: str, add: Callable[[Task], str]) -> tup
     """Keys of the tuning tasks that a tuned row waits for; they belong to the first seed's cell of the same fold."""
     home = Cell(plan.seeds[0], cell.fold, plan.folds)
     pool = f"pool-{home.seed}"
-    add(Task(pool, "pool", Cell(home.seed, 0, plan.folds)))
     fedavg, fedprox = candidate_names(plan.profile)
     first = tuple(add(Task(f"{home.name}/tuning-{name}", "tuning", home, (), name, (pool,))) for name in fedavg)
     if row.startswith("fedavg"):
