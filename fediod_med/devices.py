@@ -10,7 +10,7 @@ import torch
 
 from fediod_med.errors import SettingsError
 
-# Voxels; below, reduced precision on a CPU was seen to leave NaN in the weights, and a GPU waits for launches, not products.
+# Voxels. Below, reduced precision on a CPU was seen to leave NaN in the weights, and a GPU waits for launches anyway.
 SMALLEST_REDUCED = 32
 
 
