@@ -11,6 +11,9 @@ The same loop teaches a classifier on images: its teachers answer `(B, C)` where
 5. (x, q, m) enters the replay buffer, on which the student takes its steps; they cost no traffic.
 
 Every random draw is a function of (seed, round), so a resumed run equals an uninterrupted one.
+
+Several processes share the networks' work (`parallel`): each makes and learns from its share of a batch. All run this
+loop with the same numbers; only the first asks, keeps and reports.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +47,7 @@ from fediod_med.losses import (
     transfer_divergence,
 )
 from fediod_med.networks import Generator, one_hot
+from fediod_med.parallel import ALONE, Workers
 from fediod_med.protocol import Federation, Query, Reply, Setting, SiteFailure
 from fediod_med.snapshots import Snapshot, take_snapshot
 
@@ -212,7 +216,7 @@ class DistillationState:
 
 
 def distill(
-    federation: Federation,
+    federation: Federation | None,
     *,
     student: nn.Module,
     generator: Generator | None,
@@ -229,11 +233,12 @@ def distill(
     timeout_s: float = 600.0,
     on_round: Callable[[Mapping[str, float]], None] | None = None,
     on_snapshot: Callable[[Snapshot], object] | None = None,
+    workers: Workers = ALONE,
 ) -> DistillationState:
     """Train the student (and the generator) against the hospitals.
 
     Args:
-        federation: the hospitals.
+        federation: the hospitals; of several processes, the first has them and the others give `None`.
         student: starts from the weights it comes with (the public prior, usually).
         generator: `None` distils on the sampler's phantoms alone.
         sampler: public label maps and phantoms; may be `None` only with an unconditional generator.
@@ -250,58 +255,63 @@ def distill(
         on_round: receives each round's record.
         on_snapshot: receives the volumes and answers of `snapshot_rounds`, before the round is saved, so that a resumed
             run leaves none out. Nothing more is asked of a hospital for it.
+        workers: the processes of this run. Each calls `distill` with the same settings and its own device; weights and
+            checkpoint are the first's, and `checkpoint`, `on_round` and `on_snapshot` of the others are not used. The
+            result is that of one process up to rounding, and a run may be resumed with another number of processes.
 
     Returns:
-        The final state; `student_average.module` is the distilled student.
+        The final state, on every process; `student_average.module` is the distilled student.
 
     Raises:
-        SettingsError: generator, sampler, objective, schedule and quorum do not fit together.
+        SettingsError: generator, sampler, objective, schedule, quorum and number of processes do not fit together.
         ProtocolError: fewer good replies than the quorum.
         WeightsError: the checkpoint is damaged or stems from other networks.
+        WorkerError: another process of this run ended.
     """
     _check(generator, sampler, objective, schedule)
-    everyone = len(federation.site_names)
+    workers.require(schedule.student_batch, option="--student-batch")
+    sites = workers.led(partial(_site_names, federation))
+    everyone = len(sites)
     needed = everyone if quorum is None else quorum
     if not 1 <= needed <= everyone:
         raise SettingsError(f"distillation: expected a quorum of 1 to {everyone} hospitals, found {needed}")
     if generator is not None and generator.mode == "unconditional":
         sampler = None  # its label maps would describe other volumes than the generated ones
     state = _begin(student, generator, schedule, device)
-    if resume and checkpoint is not None and checkpoint.is_file():
-        try:
-            state.load_state_dict(load_state(checkpoint))
-        except WeightsError as error:
-            raise WeightsError(f"{checkpoint}: {error}; resume with the settings the run was started with") from error
-        logger.info("resumed after round %d", state.round)
-    hospitals = _Hospitals(federation, run_id=run_id, quorum=needed, timeout_s=timeout_s, encoding=schedule.encoding)
+    first = workers.led(partial(_resumed, state, checkpoint if resume else None))
+    if not workers.lead:
+        state.load_state_dict(first)
+    ask = partial(_Hospitals, federation, sites, workers, run_id=run_id, timeout_s=timeout_s)
+    hospitals = ask(quorum=needed, encoding=schedule.encoding)
     if state.counts is None:
-        described = _Hospitals(federation, run_id=run_id, quorum=everyone, timeout_s=timeout_s).ask("describe", 0, {})
-        state.counts = torch.stack([described[site]["class_counts"] for site in federation.site_names])
+        described = ask(quorum=everyone).ask("describe", 0, {})
+        state.counts = torch.stack([described[site]["class_counts"] for site in sites])
 
     kept = snapshot_rounds(schedule, generator=generator is not None, public=sampler is not None)
     while state.round < schedule.rounds:
         number = state.round + 1
         random = torch.Generator().manual_seed(seed * 1_000_003 + number)
         drawn = None if sampler is None else sampler.draw(number, schedule.batch * schedule.candidates)
-        kept_volumes = None if drawn is None else _hardest(state.student, drawn, schedule, device)
+        kept_volumes = None if drawn is None else _hardest(state.student, drawn, schedule, device, workers)
         public = None if drawn is None or kept_volumes is None else drawn.some(kept_volumes)
         at_checkpoint = number % schedule.checkpoint_every == 0 or number == schedule.rounds
 
         asking = None if _is_phantom_round(number, public, schedule.phantom_share) else state.generator
-        x = _synthesise(asking, public, schedule.batch, size, random, device)
+        made = _synthesise(asking, public, schedule.batch, size, random, device, workers.share(schedule.batch))
+        x = workers.gather(made, schedule.batch, device)
         answers = hospitals.ask(
             "answer",
             number,
-            {"x": x.detach()},
+            {"x": x},
             adversarial=generator is not None and objective.needs_discriminators,
             differentiate=asking is not None and objective.needs_teachers,
             mirrored=schedule.mirrored,
             snapshot=at_checkpoint and checkpoint is not None,
             rounds=schedule.rounds,
         )
-        probs, realism, counts = _stack(answers, federation.site_names, state.counts, device)
+        probs, realism, counts = _stack(answers, sites, state.counts, device)
         record: dict[str, float] = {"round": number, "sites": len(answers)}
-        present = [index for index, site in enumerate(federation.site_names) if site in answers]
+        present = [index for index, site in enumerate(sites) if site in answers]
         if asking is None and public is not None:
             _learn_competence(state, probs, public, present, everyone)
         weigh = partial(
@@ -315,30 +325,60 @@ def distill(
             q = weigh(probs)
         else:
             q, terms = _generator_step(
-                state, hospitals, answers, x, probs, realism, counts, public, objective, number, weigh
+                state, hospitals, answers, x, made, probs, realism, counts, public, objective, number, weigh, workers
             )
             record |= terms
-        if on_snapshot is not None and number in kept:
-            by_site = dict(zip((federation.site_names[index] for index in present), probs, strict=True))
+        if workers.lead and on_snapshot is not None and number in kept:
+            by_site = dict(zip((sites[index] for index in present), probs, strict=True))
             on_snapshot(take_snapshot(number, x, by_site, q, _guess(state.student, x), public))
         state.replay.append(_pair(x, q, public, kept_volumes))
-        record |= _student_steps(state, schedule, number, sampler, random, device)
+        record |= _student_steps(state, schedule, number, sampler, random, device, workers)
         state.history.append(record)
         state.round = number
-        if at_checkpoint and checkpoint is not None:
+        if workers.lead and at_checkpoint and checkpoint is not None:
             save_state(checkpoint, state.state_dict())
-        if on_round is not None:
+        if workers.lead and on_round is not None:
             on_round(record)
     return state
 
 
+def _site_names(federation: Federation | None) -> list[str]:
+    if federation is None:
+        raise SettingsError("distillation: expected the hospitals at the first process, found none")
+    return list(federation.site_names)
+
+
+def _resumed(state: DistillationState, checkpoint: Path | None) -> dict[str, Any]:
+    """Continue from a checkpoint, if there is one; gives what the state then holds."""
+    if checkpoint is not None and checkpoint.is_file():
+        try:
+            state.load_state_dict(load_state(checkpoint))
+        except WeightsError as error:
+            raise WeightsError(f"{checkpoint}: {error}; resume with the settings the run was started with") from error
+        logger.info("resumed after round %d", state.round)
+    return state.state_dict()
+
+
 class _Hospitals:
-    """Asks the federation and keeps only good replies; a shortfall of the quorum is an error."""
+    """Asks the federation and keeps only good replies; a shortfall of the quorum is an error.
+
+    Of several processes the first asks; all get the replies.
+    """
 
     def __init__(
-        self, federation: Federation, *, run_id: str, quorum: int, timeout_s: float, encoding: str = FP16
+        self,
+        federation: Federation | None,
+        sites: Sequence[str],
+        workers: Workers,
+        *,
+        run_id: str,
+        quorum: int,
+        timeout_s: float,
+        encoding: str = FP16,
     ) -> None:
         self._federation = federation
+        self._sites = sites
+        self._workers = workers
         self._encoding = encoding
         self._run_id = run_id
         self._quorum = quorum
@@ -349,7 +389,7 @@ class _Hospitals:
     ) -> dict[str, Mapping[str, Tensor]]:
         """The same query to every hospital."""
         query = Query(kind, self._run_id, number, tensors, {"encoding": self._encoding, **settings})
-        return self.ask_each(dict.fromkeys(self._federation.site_names, query))
+        return self.ask_each(dict.fromkeys(self._sites, query))
 
     def pull_back(self, number: int, gradients: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
         """Each hospital's own logit gradient, back to x."""
@@ -363,6 +403,10 @@ class _Hospitals:
         )
 
     def ask_each(self, queries: Mapping[str, Query]) -> dict[str, Mapping[str, Tensor]]:
+        return self._workers.led(partial(self._good_replies, queries))
+
+    def _good_replies(self, queries: Mapping[str, Query]) -> dict[str, Mapping[str, Tensor]]:
+        assert self._federation is not None  # checked at the start of `distill`
         outcome = self._federation.ask(queries, quorum=self._quorum, timeout_s=self._timeout_s)
         good = {
             site: reply.tensors
@@ -472,14 +516,18 @@ def warmed_average(average: Tensor, now: Tensor, steps: Tensor | int, *, decay: 
     return average + (now - average) * (1 - share)
 
 
-def _hardest(student: nn.Module, drawn: PublicBatch, schedule: Schedule, device: torch.device) -> list[int]:
+def _hardest(
+    student: nn.Module, drawn: PublicBatch, schedule: Schedule, device: torch.device, workers: Workers
+) -> list[int]:
     """Which volumes of the public ones drawn a round asks about: those with the student's lowest Dice.
 
     Dice of the tumour classes, see `ensemble.public_dice`, on the phantom itself.
     """
     if schedule.candidates == 1:
         return list(range(schedule.batch))
-    guess = _guess(student, drawn.base.to(device)).cpu()
+    own = workers.share(len(drawn.base))
+    part = _guess(student, drawn.base[own].to(device)) if own.start < own.stop else None
+    guess = workers.gather(part, len(drawn.base), device).cpu()
     dice = [public_dice(g[None, None], t[None])[0, 1:].mean() for g, t in zip(guess, drawn.classes, strict=True)]
     return torch.stack(dice).argsort(stable=True)[: schedule.batch].tolist()
 
@@ -491,23 +539,36 @@ def _synthesise(
     size: int,
     random: torch.Generator,
     device: torch.device,
-) -> Tensor:
-    """`x = G(z, m)`, `x = G(z)` or the phantom itself, `(B, 4, size, size, size)`."""
-    if generator is None:
-        assert public is not None  # checked at the start of `distill`
-        return public.base.to(device)
-    z = torch.randn((batch, int(getattr(generator, "latent"))), generator=random).to(device)  # noqa: B009
+    own: slice,
+) -> Tensor | None:
+    """`x = G(z, m)`, `x = G(z)` or the phantom itself: of a batch the volumes `own`, `(B, 4, size, size, size)`.
+
+    Random numbers are drawn for the whole batch, so that they do not depend on the share. `None` for an empty share.
+    """
+    z = texture = None
+    if generator is not None:
+        z = torch.randn((batch, int(getattr(generator, "latent"))), generator=random)  # noqa: B009
+        if getattr(generator, "mode") == "unconditional":  # noqa: B009
+            public = None
+        if public is not None:
+            texture = torch.randn((batch, 1, size, size, size), generator=random)
+    if own.start >= own.stop:
+        return None
+    base = None if public is None else public.base[own].to(device)
+    if generator is None or z is None:
+        assert base is not None  # checked at the start of `distill`
+        return base
     with autocast_over(device, (size, size, size)):
-        if getattr(generator, "mode") == "unconditional" or public is None:  # noqa: B009
-            x: Tensor = generator(z)
+        if public is None or texture is None:
+            x: Tensor = generator(z[own].to(device))
         else:
-            texture = torch.randn((batch, 1, size, size, size), generator=random).to(device)
-            x = generator(z, one_hot(public.tissues, TISSUES).to(device), public.base.to(device), texture)
+            labels = one_hot(public.tissues[own], TISSUES).to(device)
+            x = generator(z[own].to(device), labels, base, texture[own].to(device))
     return x.float()
 
 
 def _stack(
-    answers: Mapping[str, Mapping[str, Tensor]], sites: tuple[str, ...], counts: Tensor, device: torch.device
+    answers: Mapping[str, Mapping[str, Tensor]], sites: Sequence[str], counts: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Probabilities `(K, B, C, D, H, W)` renormalised after fp16, realism `(K, B)` if any, counts `(K, C)`."""
     present = [site for site in sites if site in answers]
@@ -543,6 +604,7 @@ def _generator_step(
     hospitals: _Hospitals,
     answers: Mapping[str, Mapping[str, Tensor]],
     x: Tensor,
+    made: Tensor | None,
     probs: Tensor,
     realism: Tensor | None,
     counts: Tensor,
@@ -550,16 +612,20 @@ def _generator_step(
     objective: GeneratorObjective,
     number: int,
     weigh: Callable[[Tensor], Tensor],
+    workers: Workers,
 ) -> tuple[Tensor, dict[str, float]]:
     """One step of G; returns the ensemble `(B, C, D, H, W)` and the value of each term.
 
-    `weigh` merges `(K, B, C, D, H, W)` into that ensemble, as in the rounds without G.
+    `x` is the whole batch, `made` this process's share of it with the graph that made it. `weigh` merges
+    `(K, B, C, D, H, W)` into the ensemble, as in the rounds without G.
     """
     generator, optimizer, average = state.generator, state.generator_optimizer, state.generator_average
     assert generator is not None and optimizer is not None and average is not None  # noqa: PT018
     shares = site_shares(counts, dense=probs.dim() > 3)
     leaves = probs.requires_grad_(True)
-    leaf_x = x.detach().requires_grad_(True)
+    own = workers.share(len(x))
+    leaf_x = x[own].detach().requires_grad_(True)
+    guess, logits = None, None  # of the student: this process's share, and of the whole batch
     q = weigh(leaves)
 
     terms = {"clarity": (shares * torch.stack([prediction_entropy(p) for p in leaves])).sum()}
@@ -570,9 +636,11 @@ def _generator_step(
         uniform = torch.full((probs.shape[2],), 1 / probs.shape[2], device=x.device)
         terms["balance"] = (shares * torch.stack([class_balance(p, uniform) for p in leaves])).sum()
     if objective.transfer:
-        with autocast_over(leaf_x.device, leaf_x.shape[2:]):
-            guess = state.student(leaf_x)
-        terms["transfer"] = transfer_divergence(q, guess)
+        if made is not None:
+            with autocast_over(leaf_x.device, leaf_x.shape[2:]):
+                guess = state.student(leaf_x).float()
+        logits = workers.gather(guess, len(x), x.device).requires_grad_(True)
+        terms["transfer"] = transfer_divergence(q, logits)
 
     loss = (
         objective.clarity * terms["clarity"]
@@ -581,8 +649,12 @@ def _generator_step(
         + objective.balance * terms.get("balance", q.new_zeros(()))
         - objective.transfer * terms.get("transfer", q.new_zeros(()))
     )
-    probs_gradient, x_gradient = torch.autograd.grad(loss, [leaves, leaf_x], allow_unused=True)
-    total = torch.zeros_like(x) if x_gradient is None else x_gradient
+    probs_gradient, *rest = torch.autograd.grad(
+        loss, [leaves] if logits is None else [leaves, logits], allow_unused=True
+    )
+    total = torch.zeros_like(leaf_x)
+    if guess is not None:
+        (total,) = torch.autograd.grad(guess, leaf_x, grad_outputs=rest[0][own])
 
     present = list(answers)
     if objective.needs_teachers:
@@ -590,13 +662,15 @@ def _generator_step(
             site: softmax_pull_back(p.detach(), g) for site, p, g in zip(present, probs, probs_gradient, strict=True)
         }
         for pulled in hospitals.pull_back(number, logit_gradients).values():
-            total = total + pulled["x_gradient"].to(x.device)
+            total = total + pulled["x_gradient"][own].to(x.device)
     if objective.gan:
         for site, share in zip(present, shares, strict=True):
-            total = total + objective.gan * share * answers[site]["x_gradient"].to(x.device)
+            total = total + objective.gan * share * answers[site]["x_gradient"][own].to(x.device)
 
     optimizer.zero_grad(set_to_none=True)
-    x.backward(gradient=total)
+    if made is not None:
+        made.backward(gradient=total)
+    workers.sum_gradients(generator)
     nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
     optimizer.step()
     average.update_parameters(generator)
@@ -638,12 +712,13 @@ def _student_steps(
     sampler: PublicSampler | None,
     random: torch.Generator,
     device: torch.device,
+    workers: Workers,
 ) -> dict[str, float]:
     """Steps on the replay buffer: `KL(q || S) + soft Dice(S, q)`, with the label map blended in by `truth`.
 
     A share `rehearsal` of each batch comes from the simulator instead, with its label map alone as the target. Class
     answers have no overlap, so `KL(q || S)` alone, and an image is not mirrored or changed in contrast: that may make
-    it one of another class.
+    it one of another class. Every process makes the whole batch, and the student sees its own share of it.
     """
     losses: list[float] = []
     rehearsed = round(schedule.rehearsal * schedule.student_batch)
@@ -669,15 +744,19 @@ def _student_steps(
             x, target = flip_together([jitter(x, random), target], random)
         if schedule.mixup:
             x, target = mix_pairs([x, target], random)
-        x, target = x.to(device), target.to(device)
+        own = workers.share(len(x))
+        x, target = x[own].to(device), target.to(device)
         with autocast_over(x.device, x.shape[2:]):
-            logits = state.student(x)
-        logits = logits.float()
+            guess = state.student(x)
+        guess = guess.float()
+        logits = workers.gather(guess, len(target), device).requires_grad_(True)
         loss = transfer_divergence(target, logits)
         if dense:
             loss = loss + soft_dice(torch.softmax(logits, dim=1), target)
+        (gradient,) = torch.autograd.grad(loss, logits)
         state.student_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        guess.backward(gradient=gradient[own])
+        workers.sum_gradients(state.student)
         nn.utils.clip_grad_norm_(state.student.parameters(), 5.0)
         state.student_optimizer.step()
         state.student_average.update_parameters(state.student)
@@ -727,7 +806,9 @@ def final_volumes(
         random = torch.Generator().manual_seed(seed * 1_000_003 + index)
         public = None if sampler is None else sampler.draw(10_000_000 + index, 1)
         with torch.no_grad():
-            x = _synthesise(source, public, 1, size, random, device).cpu()
+            x = _synthesise(source, public, 1, size, random, device, slice(0, 1))
+        assert x is not None  # the share is the whole batch of one
+        x = x.cpu()
         yield (x[0], None) if public is None else (upright(x, public.mirrored)[0], public.upright())
 
 

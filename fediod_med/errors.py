@@ -8,6 +8,7 @@ FediodError
 ├── SettingsError     a site file, option or combination of options is wrong
 ├── WeightsError      weights lack provenance or do not fit the network
 ├── ProtocolError     a message between centre and hospital is malformed
+├── WorkerError       another process of a run with several ended
 └── PrivacyError      a privacy promise cannot be made, kept or checked
     └── BudgetExceeded the next release or training would cost more than the site's budget
 ```
@@ -54,6 +55,10 @@ class WeightsError(FediodError):
 
 class ProtocolError(FediodError):
     """A message between the centre and a hospital is malformed."""
+
+
+class WorkerError(FediodError):
+    """Another process of a run with several processes ended; what it met stands in its own message."""
 
 
 class PrivacyError(FediodError):

@@ -17,6 +17,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "fediod_med"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("__main__",),  # `python -m fediod_med`
     ("cli",),
     ("federation.flare",),  # a run over an engine: the centre on its server, a hospital at each site
     ("experiments",),  # classification and the paper's open questions, from the parts below
@@ -42,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("quality", "snapshots", "synthetic_quality", "image_features"),
     ("inference", "sites", "checks", "dicom", "data.sampler", "coregister", "preprocess"),
     ("data.transforms", "data.phantoms", "data.itk_formats", "rigid", "sliding", "records"),
-    ("data.nifti", "data.partitions", "checkpoints", "ensemble", "lesions", "lesionwise", "uncertainty"),
+    ("data.nifti", "data.partitions", "checkpoints", "ensemble", "lesions", "lesionwise", "uncertainty", "parallel"),
     ("data.layouts", "networks", "losses", "metrics", "devices", "privacy"),
     ("findings",),
     ("durable", "labels", "pipeline", "progress", "protocol", "resources"),
