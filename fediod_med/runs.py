@@ -54,6 +54,7 @@ from fediod_med.hospitals import Hospital, announcement, copy_ledger, open_feder
 from fediod_med.inference import privacy_banner
 from fediod_med.labels import LabelScheme, get_scheme
 from fediod_med.networks import STUDENT, Generator, build_segmenter
+from fediod_med.parallel import ALONE, Workers
 from fediod_med.pooled import train_pooled
 from fediod_med.prior import train_prior
 from fediod_med.privacy import statement
@@ -108,8 +109,12 @@ def run_distillation(
     data_name: str = "patients",
     progress: Progress = silent,
     announce: Callable[[str], None] = logger.info,
+    workers: Workers = ALONE,
 ) -> RunResult:
     """Distil one student from several hospitals in one process, and write the run folder.
+
+    Of several processes (`workers`), this is the first's part: it holds the hospitals, trains missing teachers, writes
+    and scores. The others call `assist_distillation`.
 
     Args:
         sites: hospitals; spacing and roi must agree, patients must not overlap.
@@ -126,6 +131,7 @@ def run_distillation(
         data_name: `patients` or `phantoms`; printed beside every score.
         progress: see `Progress`.
         announce: receives what each hospital's privacy will cost, before anything is trained or asked.
+        workers: processes that share the generator's and the student's work; they part after the last distillation.
 
     Raises:
         SettingsError: hospitals or options do not fit together, or the folder is in use.
@@ -136,9 +142,10 @@ def run_distillation(
         raise SettingsError(f"mode: expected {' or '.join(MODES)}, found {mode!r}")
     spacing, roi = _common(sites, "spacing"), int(_common(sites, "roi"))
     check_disjoint(sites)
+    schedule = Schedule() if schedule is None else schedule
+    workers.require(schedule.student_batch, option="--student-batch")
     run_id = _claim(out, resume)
     compute_on = pick_device(device)
-    schedule = Schedule() if schedule is None else schedule
     if objective is None:
         objective = GeneratorObjective() if mode == "conditional" else PAPER_OBJECTIVE
     clock = _Clock()
@@ -149,14 +156,10 @@ def run_distillation(
     for site, gate in zip(sites, gates, strict=True):
         announce(announcement(site, gate, schedule, compare=compare))
 
+    plan = _Plan(run_id, spacing, roi, seed, mode, pool, schedule, objective, compare)
+    workers.led(plan.plain)  # the others make the public phantoms meanwhile, which is cheaper than to send them
     with clock("phantoms"):
-        sampler = PublicSampler(
-            spacing=spacing,
-            roi=roi,
-            count=pool,
-            seed=1000 + seed,
-            progress=partial(_report, progress, "public phantoms"),
-        )
+        sampler = plan.sampler(progress)
     with clock("teachers"):
         hospitals = [
             open_hospital(
@@ -173,14 +176,14 @@ def run_distillation(
             for site, gate in zip(sites, gates, strict=True)
         ]
 
-    def student_with(generator: Generator | None, name: str) -> tuple[DistillationState, EmbeddedFederation]:
+    def student_with(name: str) -> tuple[DistillationState, EmbeddedFederation]:
         federation = open_federation(
             hospitals,
             out=out,
             seed=seed,
-            run_id=f"{run_id}-{name}",
+            run_id=plan.name_of(name),
             device=compute_on,
-            adversarial=generator is not None,
+            adversarial=name == STUDENT_RUN,
             heads=_read_heads(out),
         )
 
@@ -188,19 +191,11 @@ def run_distillation(
             _write_heads(out, federation)
             progress(f"distil {name}", int(record["round"]), schedule.rounds, _losses(record))
 
-        torch.manual_seed(seed)
-        student = warm_start(build_segmenter(**STUDENT), init="auto", spec=STUDENT)
         state = distill(
             federation,
-            student=student,
-            generator=generator,
-            sampler=sampler if generator is None or generator.mode == "conditional" else None,
-            objective=objective,
-            schedule=schedule,
-            size=roi,
-            seed=seed,
-            run_id=f"{run_id}-{name}",
+            **plan.arguments(name, sampler),
             device=compute_on,
+            workers=workers,
             checkpoint=out / "checkpoints" / f"{name}.pt",
             resume=resume,
             on_round=on_round,
@@ -208,13 +203,13 @@ def run_distillation(
         )
         return state, federation
 
-    torch.manual_seed(seed)
     with clock("distillation"):
-        state, federation = student_with(Generator(mode, size=roi), "student")
+        state, federation = student_with(STUDENT_RUN)
     assert state.counts is not None  # asked for in the first round
     if compare:
         with clock("kd_phantoms"):
-            phantom_state, _ = student_with(None, "kd-phantoms")
+            phantom_state, _ = student_with(PHANTOMS_RUN)
+    workers.leave()
     # Nothing is asked of a hospital any more: what stands in the ledgers now is what the run has cost.
     privacy = {hospital.site.site_name: privacy_record(hospital) for hospital in hospitals}
     student_provenance = _provenance("student", privacy, spacing, roi, seed, schedule, data_name)
@@ -309,6 +304,7 @@ def run_distillation(
             commit=current_commit(),
             options={
                 "seed": seed,
+                "processes": workers.size,
                 "mode": mode,
                 "pool": pool,
                 "schedule": dataclasses.asdict(schedule),
@@ -327,6 +323,86 @@ def run_distillation(
         ),
     )
     return RunResult(out, summary, bundle)
+
+
+def assist_distillation(workers: Workers, *, device: str = "auto") -> None:
+    """The part in `run_distillation` of every process but the first; it opens no hospital, writes and prints nothing.
+
+    Args:
+        workers: the processes of the run; what to do comes from the first.
+        device: of this process, see `devices.pick_device`.
+
+    Raises:
+        WorkerError: the first process stopped or ended.
+    """
+    plan = _Plan.of(workers.led(dict))
+    sampler = plan.sampler(silent)
+    for name in (STUDENT_RUN, PHANTOMS_RUN) if plan.compare else (STUDENT_RUN,):
+        distill(None, **plan.arguments(name, sampler), device=pick_device(device), workers=workers)
+    workers.leave()
+
+
+STUDENT_RUN, PHANTOMS_RUN = "student", "kd-phantoms"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every process of a run must know to distil its students; see `run_distillation`."""
+
+    run_id: str
+    spacing: float
+    roi: int
+    seed: int
+    mode: str
+    pool: int
+    schedule: Schedule
+    objective: GeneratorObjective
+    compare: bool
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values; `of` reads them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> _Plan:
+        """From what `plain` gave."""
+        return cls(
+            **{
+                **plain,
+                "schedule": Schedule(**plain["schedule"]),
+                "objective": GeneratorObjective(**plain["objective"]),
+            }
+        )
+
+    def name_of(self, student: str) -> str:
+        """The run id that the hospitals keep their state of one student under."""
+        return f"{self.run_id}-{student}"
+
+    def sampler(self, progress: Progress) -> PublicSampler:
+        """The public phantoms."""
+        return PublicSampler(
+            spacing=self.spacing,
+            roi=self.roi,
+            count=self.pool,
+            seed=1000 + self.seed,
+            progress=partial(_report, progress, "public phantoms"),
+        )
+
+    def arguments(self, student: str, sampler: PublicSampler) -> dict[str, Any]:
+        """Of `distill`, with networks made anew: a student with a generator, or one of phantoms alone."""
+        torch.manual_seed(self.seed)
+        generator = Generator(self.mode, size=self.roi) if student == STUDENT_RUN else None
+        torch.manual_seed(self.seed)
+        return {
+            "student": warm_start(build_segmenter(**STUDENT), init="auto", spec=STUDENT),
+            "generator": generator,
+            "sampler": sampler if generator is None or generator.mode == "conditional" else None,
+            "objective": self.objective,
+            "schedule": self.schedule,
+            "size": self.roi,
+            "seed": self.seed,
+            "run_id": self.name_of(student),
+        }
 
 
 def run_demo(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,8 +21,11 @@ from fediod_med.cli.options import (
     Spacing,
     overridden,
 )
-from fediod_med.errors import SettingsError
+from fediod_med.errors import SettingsError, WorkerError
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
+
+if TYPE_CHECKING:
+    from fediod_med.parallel import Workers
 
 
 def demo(
@@ -91,6 +94,8 @@ def distill(
     roi: Roi = None,
     epochs: Epochs = None,
     rounds: Annotated[int, typer.Option(help="Rounds of questions and answers.")] = 120,
+    batch: Annotated[int, typer.Option(help="Synthetic volumes a round.")] = 2,
+    student_batch: Annotated[int, typer.Option(help="Volumes a step of the student.")] = 2,
     mode: Annotated[str, typer.Option(help="conditional (label maps) or unconditional (paper).")] = "conditional",
     js_weight: Annotated[
         float | None, typer.Option(help="Weight of teacher divergence: > 0 seeks it, < 0 avoids it (published code).")
@@ -105,32 +110,55 @@ def distill(
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
-    """Distil one central student from the hospitals' teachers; missing teachers are trained first."""
+    """Distil one central student from the hospitals' teachers; missing teachers are trained first.
+
+    On several GPUs of this machine: `torchrun --standalone --nproc-per-node 2 -m fediod_med distill ...`. They share
+    the work on the student and the generator; the result is that of one process up to rounding.
+    """
     import dataclasses
 
     from fediod_med.distillation import PAPER_OBJECTIVE, GeneratorObjective, Schedule
+    from fediod_med.parallel import joined
     from fediod_med.runs import run_distillation
     from fediod_med.sites import load_sites
 
-    hospitals = [overridden(site, spacing, roi, epochs) for site in load_sites(sites, data_root=data_root)]
-    objective = GeneratorObjective() if mode == "conditional" else PAPER_OBJECTIVE
-    js_weight = objective.unique if js_weight is None else js_weight
-    objective = dataclasses.replace(objective, divergence=divergence, unique=js_weight)
-    with progress_bars(quiet) as progress:
-        result = run_distillation(
-            hospitals,
-            out=out,
-            seed=seed,
-            device=device,
-            schedule=Schedule(rounds=rounds, encoding=encoding),
-            mode=mode,
-            objective=objective,
-            pool=pool,
-            teachers=teachers,
-            compare=compare,
-            resume=resume,
-            progress=progress,
-            announce=announce,
-        )
+    with joined(device) as (workers, own_device):
+        if not workers.lead:
+            _assist(workers, own_device)
+            return
+        hospitals = [overridden(site, spacing, roi, epochs) for site in load_sites(sites, data_root=data_root)]
+        objective = GeneratorObjective() if mode == "conditional" else PAPER_OBJECTIVE
+        js_weight = objective.unique if js_weight is None else js_weight
+        objective = dataclasses.replace(objective, divergence=divergence, unique=js_weight)
+        with progress_bars(quiet) as progress:
+            result = run_distillation(
+                hospitals,
+                out=out,
+                seed=seed,
+                device=own_device,
+                schedule=Schedule(rounds=rounds, batch=batch, student_batch=student_batch, encoding=encoding),
+                mode=mode,
+                objective=objective,
+                pool=pool,
+                teachers=teachers,
+                compare=compare,
+                resume=resume,
+                progress=progress,
+                announce=announce,
+                workers=workers,
+            )
     print_result(result)
     typer.echo(f"Next: fediod segment -i CASE_FOLDER -o out --model {out}")
+
+
+def _assist(workers: Workers, device: str) -> None:
+    """The part of every process but the first. It says nothing: the first has said why it stopped, if it did."""
+    import logging
+
+    from fediod_med.runs import assist_distillation
+
+    logging.disable(logging.WARNING)
+    try:
+        assist_distillation(workers, device=device)
+    except WorkerError:
+        raise typer.Exit(2) from None
