@@ -70,10 +70,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SITES = ("north", "south")
 SIZE = 16
 GRID = Grid((32, 32, 32), 6.0)
-# Relative to the length of the whole tensor. Float32 rounds to 6e-8; sums of some thousand terms in another order, and
-# instance norms behind them, were seen to differ by at most 3e-6 (outputs) and 2e-5 (gradients) from float64.
-# TensorFloat-32 rounds to 5e-4 and would be noticed.
-OUTPUTS, GRADIENTS = 3e-5, 3e-4
+# Relative to the length of the whole tensor. In float32 these networks lie up to 1.2e-6 (outputs) and 3.7e-6
+# (gradients) from float64 on a CPU; other algorithms of cuDNN round a few times more. TensorFloat-32 rounds to 5e-4.
+ROUNDING = 1e-4
 
 
 @pytest.fixture
@@ -217,8 +216,8 @@ def test_a_network_and_its_gradients_are_those_of_the_cpu(name: str) -> None:
         assert leaf.grad is not None
         inner = torch.cat([p.grad.flatten() for p in placed.parameters() if p.grad is not None])
         found.append((output, leaf.grad, inner))
-    for bound, expected, computed in zip((OUTPUTS, GRADIENTS, GRADIENTS), *found, strict=True):
-        assert apart(computed, expected) < bound
+    for expected, computed in zip(*found, strict=True):
+        assert apart(computed, expected) < ROUNDING
 
 
 @pytest.mark.usefixtures("_full_float32")
@@ -230,8 +229,8 @@ def test_features_and_similarity_of_synthetic_volumes_are_those_of_the_cpu() -> 
     on_cpu = bottleneck_features(network, volumes, device=CPU)
     on_gpu = bottleneck_features(network, volumes, device=GPU)
     assert np.array_equal(on_cpu.owners, on_gpu.owners)
-    assert apart(torch.from_numpy(on_gpu.volumes), torch.from_numpy(on_cpu.volumes)) < OUTPUTS
-    assert apart(torch.from_numpy(on_gpu.patches), torch.from_numpy(on_cpu.patches)) < OUTPUTS
+    assert apart(torch.from_numpy(on_gpu.volumes), torch.from_numpy(on_cpu.volumes)) < ROUNDING
+    assert apart(torch.from_numpy(on_gpu.patches), torch.from_numpy(on_cpu.patches)) < ROUNDING
     similar = [multiscale_similarity(volumes.to(device), pairs=3) for device in (CPU, GPU)]
     assert similar[1] == pytest.approx(similar[0], abs=1e-4)
 
@@ -332,15 +331,16 @@ def test_a_distillation_gives_the_cpus_student_and_resumes_on_either_device(
     teachers: list[nn.Module], sampler: PublicSampler, tmp_path: Path
 ) -> None:
     """Adam's first steps follow the sign of a gradient, so rounding in a gradient near zero moves a weight by a whole
-    rate: after 8 steps students from gradients that differ by 1e-6 were seen to lie 0.01 of their way apart."""
+    rate: on a CPU, students from weights that differ by 1e-6 end .010 of their way apart, by 1e-5 .039."""
     torch.manual_seed(7)
     start = weights_of(build_segmenter("unet", width=8, depth=2))
     expected = distilled(teachers, sampler, tmp_path / "cpu", CPU)
     whole = distilled(teachers, sampler, tmp_path / "gpu", GPU)
     assert all(p.device.type == "cuda" for p in whole.student_average.module.parameters())
     assert same_student(whole, expected, start) < 0.1
-    for name, value in expected.history[-1].items():
-        assert whole.history[-1][name] == pytest.approx(value, rel=0.05, abs=0.01), name
+    assert any("unique" in record for record in expected.history)
+    for found, record in zip(whole.history, expected.history, strict=True):
+        assert found == pytest.approx(record, rel=0.02, abs=2e-3)
 
     with pytest.raises(Stopped):
         distilled(teachers, sampler, tmp_path / "stopped", GPU, stop=3)
@@ -412,7 +412,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_teacher_trained_on_the_gpu_is_read_and_scored_on_either_device(cohort: Path, tmp_path: Path) -> None:
-    """Both trainings see the same crops; bfloat16 rounds to 4e-3, and a loss is a mean over some thousand voxels."""
+    """Both trainings see the same crops; in bfloat16 and in float32 their losses were seen to differ by 1e-4."""
     site = Site(
         folder=cohort.parent,
         site_name="north",
@@ -439,7 +439,7 @@ def test_a_teacher_trained_on_the_gpu_is_read_and_scored_on_either_device(cohort
         )
         for name in told
     }
-    assert told["cuda"] == pytest.approx(told["cpu"], rel=0.03)
+    assert told["cuda"] == pytest.approx(told["cpu"], rel=0.01)
     weights, provenance = load_weights(paths["cuda"])
     assert {t.device.type for t in weights.values()} == {"cpu"} and provenance.kind == "teacher"
     network, _ = load_segmenter(paths["cuda"])
@@ -561,21 +561,21 @@ def test_canaries_and_scores_of_an_audit_run_on_the_gpu(cohort: Path, tmp_path: 
         )
         for device in (CPU, GPU)
     ]
-    assert scores[1] == pytest.approx(scores[0], rel=0.02, abs=0.02)  # bfloat16
+    assert scores[1] == pytest.approx(scores[0], rel=0.01, abs=0.01)  # a sum in bfloat16 was seen to differ by 2e-4
 
 
 # --- segmentation -----------------------------------------------------------------------------------------------------
 
 
 def test_segment_gives_the_same_label_map_on_both_devices(tmp_path: Path) -> None:
-    """Reduced precision on either device moves a few voxels at the rim of a tumour."""
+    """bfloat16 moves voxels at the rim of a tumour: against float32 4e-5 of all voxels, Dice .9994, on a CPU."""
     write_cohort(tmp_path / "data", count=1, seed=2, grid=Grid((96, 96, 96), 2.0), prefix="NORTH")
     (case,) = (path.parent for path in (tmp_path / "data").rglob("*_seg.nii.gz"))
     for options in ({}, {"fast": True}):
         maps = [segment(case, device=device, **options).classes for device in ("cpu", "cuda")]
         assert 100 < int((maps[0] > 0).sum()) < maps[0].size / 2
         assert float((maps[0] == maps[1]).mean()) > 0.999
-        assert dice(maps[0] > 0, maps[1] > 0) > 0.98
+        assert dice(maps[0] > 0, maps[1] > 0) > 0.99
 
 
 def test_windows_shrink_when_the_gpu_really_has_no_memory_left() -> None:
