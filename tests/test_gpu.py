@@ -474,6 +474,7 @@ def test_a_private_teacher_is_charged_verifies_and_opens_on_a_cpu(cohort: Path, 
     assert found.ok, found.problems
 
 
+@pytest.mark.usefixtures("_full_float32")
 @pytest.mark.parametrize("subspace", [0, 4])
 def test_one_patient_moves_a_private_step_by_at_most_the_clip_norm(subspace: int) -> None:
     """Noise off: what is left is the patients' share. The gradient of the altered patient is hundreds of times C."""
