@@ -3,10 +3,10 @@
     python benchmarks/federation.py [--rounds 30] [--size 64] [--delay-ms 0] [--stall 0] [--sites 3]
 
 Both ways run the same rounds on the same phantom hospitals with small untrained teachers and without student steps, so
-that little but messages is left; a round's cost over the engine is its median time less the embedded one's. Every
-second round has two trips. Hospitals of the engine compute side by side where there are cores for it, embedded ones in
-turn. Also printed: processor seconds of all processes a round, which another load on the machine disturbs less; bytes;
-and resident memory of each job process after a tenth of the rounds and at the end, which shows growth (--rounds 500).
+that little but messages is left; a round's cost over the engine is its mean time less the embedded one's. Every second
+round has two trips, hence a mean. Hospitals of the engine compute side by side where there are cores for it, embedded
+ones in turn. Also printed: bytes; processor seconds a round of each process, which another load on the machine disturbs
+less; and their resident memory after a tenth of the rounds and at the end, which shows growth (--rounds 500).
 
 With --delay-ms, every byte between hospitals and server is held back so long in each direction by a relay, and with
 --stall a share of the pieces waits another 200 ms, as a lost packet would make them (Linux's shortest TCP timeout).
@@ -25,6 +25,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from tests.flare_parties import SPACING, Parties, family, free_port, parties, wr
 
 STALL_S = 0.2
 PIECE = 1 << 16
+LOOK_S = 0.5
 
 
 def settings_for(names: list[str], rounds: int, size: int) -> RunSettings:
@@ -65,7 +68,7 @@ def settings_for(names: list[str], rounds: int, size: int) -> RunSettings:
 
 
 def embedded(root: Path, settings: RunSettings) -> dict[str, float]:
-    """Median seconds of a round and processor seconds a round, all hospitals in this process."""
+    """Mean seconds and processor seconds of a round, all hospitals in this process."""
     opened = []
     for name in settings.sites:
         site = load_site(root / "sites" / name)
@@ -101,7 +104,7 @@ def embedded(root: Path, settings: RunSettings) -> dict[str, float]:
 
     run_rounds(federation, settings, folder=root / "embedded", device="cpu", on_round=on_round)
     processor = (time.process_time() - used) / max(1, len(walls) - 1)
-    return {"wall": statistics.median(walls[1:]), "processor": processor, "bytes": sum(federation.bytes_up.values())}
+    return {"wall": statistics.mean(walls[1:]), "processor": processor, "bytes": sum(federation.bytes_up.values())}
 
 
 def engine(root: Path, settings: RunSettings, *, delay_s: float, stall: float) -> dict[str, Any]:
@@ -121,42 +124,55 @@ def engine(root: Path, settings: RunSettings, *, delay_s: float, stall: float) -
     if delay_s or stall:
         for name in names:
             _through_relay(kits[name], delay_s, stall)
-    seen: dict[int, dict[str, dict[str, float]]] = {}
+    seen: dict[int, Sight] = {}
     with parties(root / "logs") as started:
         started.start("server", server_command(kits["server"]))
         for name in names:
             started.start(name, site_command(kits[name]))
-        supervisor = Supervisor(kits["admin"], settings, announce=lambda line: print(line, file=sys.stderr))
+        announce = partial(print, file=sys.stderr)
+        supervisor = Supervisor(kits["admin"], settings, poll_s=LOOK_S, announce=announce)
         watcher = threading.Thread(target=_watch, args=(started, names, supervisor, seen), daemon=True)
         watcher.start()
         record = supervisor.run()
     if record["state"] != COMPLETED:
         raise SystemExit(f"the run ended {record['state']}: {record['reason']}")
-    first, last = min(seen), max(seen)
-    return {"status": record["status"], "first": (first, seen[first]), "last": (last, seen[last])}
+    first = min((number for number in seen if number >= settings.full_schedule().rounds / 10), default=max(seen))
+    return {"status": record["status"], "first": seen[first], "last": seen[max(seen)]}
 
 
-def _watch(
-    started: Parties, names: list[str], supervisor: Supervisor, seen: dict[int, dict[str, dict[str, float]]]
-) -> None:
-    """Memory (MB) and processor seconds of each party's processes, by round."""
+@dataclass(frozen=True)
+class Sight:
+    """The processes of a run as they were when a round was first seen to be over."""
+
+    round: int
+    time: float
+    memory: Mapping[str, float]  # MB, by party and its job
+    processor: Mapping[str, float]  # seconds so far
+
+
+def _watch(started: Parties, names: list[str], supervisor: Supervisor, seen: dict[int, Sight]) -> None:
     while True:
         number = int(supervisor._record["status"].get("round", 0))
         if number and number not in seen:
             try:
-                seen[number] = {name: _use(family(started.pid(name))) for name in ("server", *names)}
+                uses = {}
+                for name in ("server", *names):
+                    party, *jobs = family(started.pid(name))
+                    uses |= {name: _use([party]), f"{name} job": _use(jobs)}
             except (KeyError, OSError):
                 return
-        time.sleep(1)
+            memory, processor = ({name: use[place] for name, use in uses.items()} for place in (0, 1))
+            seen[number] = Sight(number, time.monotonic(), memory, processor)
+        time.sleep(0.05)
 
 
-def _use(pids: list[int]) -> dict[str, float]:
+def _use(pids: list[int]) -> tuple[float, float]:
     memory = processor = 0.0
     for pid in pids:
         memory += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
         user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         processor += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-    return {"memory": memory, "processor": processor}
+    return memory, processor
 
 
 def _through_relay(kit: Path, delay_s: float, stall: float) -> None:
@@ -226,17 +242,18 @@ def main() -> None:
         write_hospitals(root, names, roi=given.size)
         plain = embedded(root, settings)
         found = engine(root, settings, delay_s=given.delay_ms / 1000, stall=given.stall)
-    wall = float(found["status"]["seconds_per_round"])
-    (first, before), (last, after) = found["first"], found["last"]
-    used = sum(after[name]["processor"] - before[name]["processor"] for name in after) / max(1, last - first)
+    first, last = found["first"], found["last"]
+    count = max(1, last.round - first.round)
+    wall = (last.time - first.time) / count
+    used = {name: (last.processor[name] - before) / count for name, before in first.processor.items()}
     print(f"{given.sites} sites, 1 x 4 x {given.size}^3, {given.rounds} rounds, load {os.getloadavg()[0]:.1f}")
     print(f"embedded {plain['wall']:.3f} s a round, {plain['processor']:.3f} processor s")
-    print(f"engine   {wall:.3f} s a round (median of the last 20), {used:.3f} processor s")
+    print(f"engine   {wall:.3f} s a round (rounds {first.round} to {last.round}), {sum(used.values()):.3f} processor s")
     print(f"overhead {wall - plain['wall']:.3f} s a round, ratio {wall / plain['wall']:.2f}")
     print(f"bytes up {plain['bytes'] / 1e6 / given.rounds:.2f} MB a round")
-    for name in after:
-        grown = after[name]["memory"] - before[name]["memory"]
-        print(f"memory   {name}: {before[name]['memory']:.0f} MB at round {first}, {grown:+.0f} MB by round {last}")
+    for name, before in first.memory.items():
+        memory = f"{before:.0f} MB at round {first.round}, {last.memory[name] - before:+.0f} MB by round {last.round}"
+        print(f"{name:12} {used[name]:.3f} processor s a round, {memory}")
 
 
 if __name__ == "__main__":

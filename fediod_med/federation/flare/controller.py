@@ -13,7 +13,7 @@ from typing import Any
 from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import ClientTask, Task
 from nvflare.apis.event_type import EventType
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
@@ -25,6 +25,7 @@ from fediod_med.federation.flare.names import CONTENT, PAUSE_TOPIC, STATUS_TOPIC
 from fediod_med.federation.flare.plan import centre_plan
 from fediod_med.federation.flare.remote import RemoteFederation
 from fediod_med.federation.flare.settings import RunSettings, read_settings
+from fediod_med.federation.flare.work_bell import WorkBell, hold_requests
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class DistillController(Controller):
         self._arrived = threading.Condition()
         self._found: dict[str, Mapping[str, Any] | str] = {}
         self._heard: set[str] = set()
+        self._bell = WorkBell()
         self._pause = threading.Event()
         self._read = threading.Event()
         self._state = "starting"
@@ -69,6 +71,7 @@ class DistillController(Controller):
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """One segment: from the checkpoint to the end of the run, of the segment, or of the quorum."""
         self._fl_ctx, self._abort = fl_ctx, abort_signal
+        self._hold_requests(fl_ctx)
         try:
             self._run(fl_ctx)
         except SegmentEnd as end:
@@ -77,6 +80,7 @@ class DistillController(Controller):
             self._state, self._reason = "short", str(error)
         except FediodError as error:
             self._state, self._reason = "failed", f"{type(error).__name__}: {error}"
+        self._bell.close()
         if self._state == "failed":
             logger.error("the run cannot go on: %s", self._reason)
         until = time.monotonic() + LAST_WORD_S
@@ -105,6 +109,7 @@ class DistillController(Controller):
             shareable[CONTENT] = dict(content)
             made = Task(name=task, data=shareable, timeout=math.ceil(timeout_s), result_received_cb=self._on_result)
             self.broadcast(task=made, fl_ctx=fl_ctx, targets=[site], min_responses=1)
+            self._bell.ring(site)
             tasks.append(made)
         until = time.monotonic() + timeout_s
         with self._arrived:
@@ -119,6 +124,7 @@ class DistillController(Controller):
                 self._arrived.wait(min(left, 0.5))
             found = dict(self._found)
             self._found = {}
+        self._bell.silence()
         for made in tasks:
             self.cancel_task(made, fl_ctx=fl_ctx)
         if abort.triggered:
@@ -138,6 +144,14 @@ class DistillController(Controller):
             if peer is not None:
                 with self._arrived:
                     self._heard.add(str(peer.get_identity_name()))
+
+    def _hold_requests(self, fl_ctx: FLContext) -> None:
+        """Make hospitals wait for work at the server. The engine has no hook for it outside its workflow lock."""
+        runner = fl_ctx.get_prop(FLContextKey.RUNNER)
+        if callable(getattr(runner, "process_task_request", None)):
+            runner.process_task_request = hold_requests(runner.process_task_request, self._bell)
+        else:  # an engine that is built otherwise: hospitals ask at their interval, which is slower and no less right
+            logger.warning("requests for work are not held; each trip waits up to the hospitals' interval")
 
     def _run(self, fl_ctx: FLContext) -> None:
         settings = self._settings = read_settings(self._given)

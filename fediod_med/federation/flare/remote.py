@@ -92,14 +92,18 @@ class RemoteFederation:
         first = next(iter(queries.values()))
         number, kind = first.round, first.kind
         known = self.journal.ended(number, kind)
+        read: dict[str, Reply] = {}
         if known is None:
             packed = {id(query): pack(self._complete(query)) for query in queries.values()}
             messages = self.journal.asked(number, kind, {site: packed[id(query)] for site, query in queries.items()})
-            known = self._travel(messages, queries, quorum=quorum, timeout_s=timeout_s)
+            known, read = self._travel(messages, queries, quorum=quorum, timeout_s=timeout_s)
             self._save()
             if sum(isinstance(found, bytes) for found in known.values()) >= min(quorum, len(queries)):
                 self.journal.end(number, kind, known)  # otherwise the round ends here, and the trip is made again
-        return {site: self._read(site, queries[site], known.get(site, "no reply in the journal")) for site in queries}
+        return {
+            site: read[site] if site in read else self._read(site, queries[site], known.get(site, "not in the journal"))
+            for site in queries
+        }
 
     def accounts(self, *, timeout_s: float) -> dict[str, dict[str, Any]]:
         """Each hospital's privacy record; a hospital that gives none counts as not private."""
@@ -133,7 +137,8 @@ class RemoteFederation:
 
     def _travel(
         self, messages: Mapping[str, bytes], queries: Mapping[str, Query], *, quorum: int, timeout_s: float
-    ) -> dict[str, bytes | str]:
+    ) -> tuple[dict[str, bytes | str], dict[str, Reply]]:
+        """What came back by site, for the journal; and what was read in the good ones, to be read once only."""
         for site in self._courier.heard():
             self.misses[site] = 0
         asked = [site for site in messages if site not in self.absent]
@@ -146,18 +151,25 @@ class RemoteFederation:
             QUERY_TASK, contents, quorum=min(quorum, len(asked)), timeout_s=timeout_s, grace_s=self._grace_s
         )
         outcome: dict[str, bytes | str] = {}
+        read: dict[str, Reply] = {}
         for site in messages:
             if site not in contents:
                 outcome[site] = "absent"
                 continue
             answer = found.get(site, "no reply")
             self.misses[site] = self.misses[site] + 1 if answer == "no reply" else 0
+            if isinstance(answer, str):
+                outcome[site] = answer
+                continue
+            if set(answer) == {"refused"}:
+                outcome[site] = str(answer["refused"]) if answer["refused"] in REASONS else "refused"
+                continue
             try:
-                outcome[site] = answer if isinstance(answer, str) else self._accept(site, queries[site], answer)
+                outcome[site], read[site] = self._accept(site, queries[site], answer)
             except FediodError as error:
                 logger.warning("%s in round %d: %s", site, queries[site].round, error)
                 outcome[site] = type(error).__name__
-        return outcome
+        return outcome, read
 
     def _content(self, site: str, message: bytes) -> dict[str, Any]:
         head = self.heads.get(site)
@@ -167,23 +179,22 @@ class RemoteFederation:
             "hash": None if head is None else head.hash,
         }
 
-    def _accept(self, site: str, query: Query, answer: Mapping[str, Any]) -> bytes | str:
-        """The packed reply in what a hospital let out, once everything about it holds; or why it refused."""
-        if set(answer) == {"refused"}:
-            return str(answer["refused"]) if answer["refused"] in REASONS else "refused"
+    def _accept(self, site: str, query: Query, answer: Mapping[str, Any]) -> tuple[bytes, Reply]:
+        """The reply in what a hospital let out, packed and read, once everything about it holds."""
         check_envelope(answer, floor_mode="none")
         payload, mode = answer["payload"], answer["mode"]
         if not isinstance(payload, bytes):
             raise ProtocolError(f"{site}: expected a packed reply, found {type(payload).__name__}")
         head = None if mode == "none" else Head(answer["sequence"], answer["hash"])
         check_forward(site, self.heads.get(site), head)
-        if isinstance(self._read(site, query, payload), SiteFailure):
+        reply = self._read(site, query, payload)
+        if isinstance(reply, SiteFailure):
             raise ProtocolError(f"{site}: expected a reply to this query, found another message")
         if head is not None:
             self.heads[site] = head
         self.spent[site] = {"mode": mode, "epsilon": answer["epsilon"]}
         self.bytes_up[site] += len(payload)
-        return payload
+        return payload, reply
 
     def _read(self, site: str, query: Query, found: bytes | str) -> Reply | SiteFailure:
         if isinstance(found, str):
