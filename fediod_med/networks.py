@@ -259,8 +259,13 @@ class PatchDiscriminator(nn.Module):
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """One-hot `(B, classes, ...)` float from integers `(B, ...)`."""
-    return nn.functional.one_hot(labels.long(), classes).movedim(-1, 1).float()
+    """One-hot `(B, classes, ...)` float from integers `(B, ...)`; `RuntimeError` for one of `classes` or more.
+
+    Torch's own makes 64-bit integers first, which for a volume takes several times as long.
+    """
+    index = labels.long().unsqueeze(-1)
+    found = torch.zeros((*labels.shape, classes), device=labels.device)
+    return found.scatter_(-1, index, 1.0).movedim(-1, 1)
 
 
 def count_parameters(networks: Sequence[nn.Module]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -184,3 +186,18 @@ def test_one_hot_puts_classes_first() -> None:
     maps = torch.tensor([[[[0, 3]]]], dtype=torch.uint8)
     expected = torch.tensor([[1.0, 0], [0, 0], [0, 0], [0, 1]]).view(1, 4, 1, 1, 2)
     assert torch.equal(one_hot(maps, 4), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6, 7), (1, 3, 3, 3), (4,), (0, 2, 2, 2)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_one_hot_is_torchs_own_in_values_and_in_memory(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Sums over it run in the order of memory, so its layout is part of a bit-for-bit result."""
+    labels = (torch.arange(math.prod(shape)) * 5 % 7).reshape(shape).to(dtype)
+    expected = torch.nn.functional.one_hot(labels.long(), 7).movedim(-1, 1).float()
+    found = one_hot(labels, 7)
+    assert torch.equal(found, expected) and found.stride() == expected.stride() and found.dtype == expected.dtype
+
+
+def test_one_hot_refuses_a_class_that_does_not_exist() -> None:
+    with pytest.raises(RuntimeError):
+        one_hot(torch.tensor([0, 4]), 4)
