@@ -48,9 +48,8 @@ def train_prior(
     for step in range(1, steps + 1):
         random = torch.Generator().manual_seed(seed * 1_000_003 + step)
         public = samplers[step % len(samplers)].draw(step, batch)
-        truth = one_hot(public.classes, 4)
-        x, truth = flip_together([jitter(public.base, random), truth], random)
-        x, truth = x.to(device), truth.to(device)
+        truth = one_hot(public.classes.to(device), 4)
+        x, truth = flip_together([jitter(public.base.to(device), random), truth], random)
         rate = learning_rate * min(1.0, step / warm_up) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
