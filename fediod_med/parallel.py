@@ -127,7 +127,7 @@ class Workers:
         if not self.lead:
             message = self._receive()
             if "stopped" in message:
-                raise WorkerError(f"process {self.rank}: the first process stopped: {message['stopped']}")
+                raise WorkerError(f"process {self.rank + 1} of {self.size}: the first stopped: {message['stopped']}")
             found: T = message["found"]
             return found
         try:
@@ -187,8 +187,8 @@ class Workers:
             yield
         except RuntimeError as error:  # what torch raises when a connection ends or its time is over
             raise WorkerError(
-                f"process {self.rank} of {self.size}: another process of this run ended or hangs "
-                f"({str(error).splitlines()[0]}); see its own message, then resume the run"
+                f"process {self.rank + 1} of {self.size}: another process of this run ended, or did not answer in "
+                "time; see its own message, then resume the run"
             ) from error
 
 
