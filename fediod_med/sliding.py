@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 _SMALLEST_WINDOW = 32
 _SIGMA = 0.125  # of the window's edge, MONAI's default for Gaussian blending
-# Of CUDA and its libraries, of torch on a CPU (two systems), of C++, and of oneDNN, which gives no other reason when its
-# scratch space does not fit (measured under an address-space limit).
+# Of CUDA and its libraries, of torch on a CPU (two systems), of C++, and of oneDNN, which gives no other reason when
+# its scratch space does not fit (measured under an address-space limit).
 _SIGNS_OF_NO_MEMORY = (
     *("out of memory", "alloc_failed", "not enough memory", "can't allocate memory", "bad_alloc"),
     *("could not create a primitive", "could not create a memory object", "could not execute a primitive"),
