@@ -1,9 +1,11 @@
 """Several processes that train one network: each computes its share of a batch, and all hold the same weights.
 
-Data parallelism as `torchrun` starts it. Volumes are dealt out, losses are not: what the networks made of every share
-is gathered, each process takes the loss of the whole batch, pulls its gradient back through its own share, and the
-gradients are summed. So a loss that is no mean over volumes (soft Dice over a batch) keeps its value, and N processes
-give the weights of one, up to the rounding of sums. That needs networks that treat volumes apart, without batch norm.
+Data parallelism as `torchrun` starts it. `DistributedDataParallel` (Li et al. 2020, arXiv 2006.15704) averages the
+gradients of losses that each process took of its own share, which is right for means over volumes only. Here volumes
+are dealt out and losses are not: what the networks made of every share is gathered, each process takes the loss of the
+whole batch, pulls its gradient back through its own share, and the gradients are summed. So soft Dice over a batch
+keeps its value, and N processes take the step of one, up to the rounding of sums. That needs networks that treat
+volumes apart, without batch norm.
 
 The first process leads: it alone talks to hospitals, reads and writes files and prints; `Workers.led` passes on what it
 found. A process on its own takes the same way, where every exchange does nothing.

@@ -98,7 +98,7 @@ def public_sampler() -> PublicSampler:
     return PublicSampler(spacing=12, roi=SIZE, count=4, seed=3, anatomy=load_anatomy(Grid((16, 16, 16), 12.0)))
 
 
-def nodes(sampler: PublicSampler, folder: Path) -> dict[str, SiteNode]:
+def nodes(sampler: PublicSampler, folder: Path, device: torch.device) -> dict[str, SiteNode]:
     """Two hospitals with untrained teachers and a discriminator each, whose state lies below `folder`."""
     volumes = [image.float() for image, _ in sampler.volumes()]
     made = {}
@@ -113,12 +113,12 @@ def nodes(sampler: PublicSampler, folder: Path) -> dict[str, SiteNode]:
                 volumes[2 * index : 2 * index + 2],
                 state_dir=folder / name,
                 seed=1,
-                device=CPU,
+                device=device,
                 width=4,
                 layers=1,
             ),
             gate=Gate.unprotected(name),
-            device=CPU,
+            device=device,
         )
     return made
 
@@ -128,6 +128,7 @@ def run(
     folder: Path,
     *,
     workers: Workers = ALONE,
+    device: torch.device = CPU,
     resume: bool = False,
     silent: str | None = None,
     mode: str | None = "conditional",
@@ -146,7 +147,7 @@ def run(
             shutil.copytree(folder, folder.with_name(f"{folder.name}-half"))
 
     with _BUILDING:
-        federation = Counting(nodes(sampler, folder), seen, silent) if workers.lead else None
+        federation = Counting(nodes(sampler, folder, device), seen, silent) if workers.lead else None
         torch.manual_seed(7 + workers.rank)
         student = build_segmenter("unet", width=8, depth=2)
         generator = None if mode is None else Generator(mode, size=SIZE, width=4)
@@ -160,7 +161,7 @@ def run(
         size=SIZE,
         seed=2,
         run_id="run-1",
-        device=CPU,
+        device=device,
         checkpoint=folder / "centre.pt" if workers.lead else folder / "never.pt",
         resume=resume,
         on_round=on_round,
@@ -235,16 +236,27 @@ def together(size: int, work: Callable[[Workers], Any]) -> list[Any]:
     return results
 
 
-def start_two(folder: Path, *, timeout_s: float = 200.0) -> list[str]:
-    """Run `main` in two processes and wait for them; what each printed."""
+def launch_variables(size: int) -> list[dict[str, str]]:
+    """What `torchrun` tells each of so many processes on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {
+        "WORLD_SIZE": f"{size}",
+        "LOCAL_WORLD_SIZE": f"{size}",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": f"{port}",
+    }
+    return [{**shared, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} for rank in range(size)]
+
+
+def start_two(folder: Path, *, timeout_s: float = 200.0) -> list[str]:
+    """Run `main` in two processes and wait for them; what each printed."""
+    shared = launch_variables(2)
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.parallel_parties", str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **shared[rank], "OMP_NUM_THREADS": "1"},
             cwd=Path(__file__).resolve().parent.parent,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fediod_med import parallel
@@ -29,6 +30,7 @@ from tests.parallel_parties import (
     SITES,
     SIZE,
     findings,
+    launch_variables,
     public_sampler,
     read,
     run,
@@ -151,6 +153,47 @@ def test_a_run_is_resumed_by_another_number_of_processes(pair: Pair) -> None:
         assert found["rounds"] == [HALF + 1, HALF + 2] and found["state"]["round"] == HALF + 2
         assert apart(expected, answers(found, pair.sampler)) < ROUNDING
         assert len(found["state"]["replay"]) == HALF + 2
+
+
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is false"),
+    pytest.mark.filterwarnings("default"),  # what drivers and NCCL have to say is for the reader of the log
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_a_single_process_of_torchrun_finds_what_one_does_without(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exchanges of a group of one: over gloo to the last bit, over NCCL up to what a GPU's sums leave open."""
+    (variables,) = launch_variables(1)
+    for name, value in {**variables, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}.items():
+        monkeypatch.setenv(name, value)
+    sampler = public_sampler()
+    with joined(device) as (workers, own):
+        assert workers.group is not None and workers.size == 1
+        assert own == ("cpu" if device == "cpu" else "cuda:0")
+        where = torch.device(own)
+        found = findings(*run(sampler, tmp_path / "launched", workers=workers, device=where, **SCENARIOS["one-step"]))
+    assert not dist.is_initialized()
+    alone = findings(*run(sampler, tmp_path / "alone", device=where, **SCENARIOS["one-step"]))
+    for name in ("student_gradient", "generator_gradient"):
+        assert apart(alone[name], found[name]) <= (0 if device == "cpu" else HALF_PRECISION)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+def test_two_processes_find_the_gradients_of_one_on_a_gpu(device: str, tmp_path: Path) -> None:
+    """They share the card, which NCCL refuses: what lies on it travels over gloo."""
+    sampler, where = public_sampler(), torch.device(device)
+    # Kernels are chosen by the size of a batch, and TensorFloat-32 would keep 2**-11 only.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        arguments = {"device": where, **SCENARIOS["one-step"]}
+        alone = findings(*run(sampler, tmp_path / "alone", **arguments))
+        both = together(2, lambda workers: findings(*run(sampler, tmp_path / "two", workers=workers, **arguments)))
+    for name in ("student_gradient", "generator_gradient"):
+        assert apart(alone[name], both[0][name]) < HALF_PRECISION
+        assert torch.equal(both[0][name], both[1][name])
 
 
 # --- one asks, one writes ---------------------------------------------------------------------------------------------
