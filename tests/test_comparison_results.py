@@ -92,6 +92,14 @@ def test_targets_are_met_or_missed_by_the_right_amount() -> None:
     assert "ours / best ensemble" not in found
 
 
+def test_an_incomplete_rival_is_compared_on_the_patients_that_it_has() -> None:
+    ours = {("a", "1"): np.full(4, 0.8), ("a", "2"): np.full(4, 0.4)}
+    pooled = {("a", "1"): np.full(4, 0.8)}
+    (target,) = targets({"ours": ours, "pooled": pooled})
+    assert target["value"] == pytest.approx(1.0) and target["met"]  # not .6 / .8
+    assert targets({"ours": ours, "pooled": {("b", "1"): np.full(4, 0.5)}}) == []
+
+
 def test_a_lead_whose_interval_holds_zero_misses_the_target() -> None:
     ours, other = (patient_means(stored(key, 0.5), "dice") for key in ("ours", "kd_phantoms"))
     shifts = [0.5, -0.3, -0.02, 0.0, 0.1]

@@ -124,29 +124,34 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def targets(dice: Mapping[str, Mapping[Patient, np.ndarray]]) -> list[dict[str, Any]]:
     """What the method set out to reach, met or missed and by how much; a target whose rows are missing is left out.
 
-    Where several rows stand for one rival (FedAvg as it is and tuned, the ensembles), the best of them counts.
+    Where several rows stand for one rival (FedAvg as it is and tuned, the ensembles), the best of them counts. A row is
+    compared on the patients that it shares with `ours`, so that an incomplete one is not judged by easier patients.
     """
     if OURS not in dice:
         return []
-    ours = _mean(dice[OURS])
     found = []
     for name, rivals, bound in (
         ("ours / FedAvg", ["fedavg", "fedavg_tuned"], 1.03),
         ("ours / best ensemble", [key for key in dice if key.startswith("ensemble_")], 1.05),
         ("ours / pooled", ["pooled"], 0.97),
     ):
-        present = {key: _mean(dice[key]) for key in rivals if key in dice}
-        if not present:
+        ratios = {key: _ratio(dice[OURS], dice[key]) for key in rivals if set(dice.get(key, ())) & set(dice[OURS])}
+        if not ratios:
             continue
-        best = max(present, key=lambda key: present[key])
-        value = ours / present[best] if present[best] > 0 else float(ours > 0)
-        found.append(_target(name, best, value, bound, value >= bound))
+        best = min(ratios, key=lambda key: ratios[key])
+        found.append(_target(name, best, ratios[best], bound, ratios[best] >= bound))
     test = paired_tests(dice).get("kd_phantoms")
     if test is not None:
         met = test["difference"] >= 0.02 and test["ci95"][0] > 0
         target = _target("ours - kd_phantoms, interval above 0", "kd_phantoms", test["difference"], 0.02, met)
         found.append({**target, "ci95": test["ci95"]})
     return found
+
+
+def _ratio(ours: Mapping[Patient, np.ndarray], rival: Mapping[Patient, np.ndarray]) -> float:
+    shared = sorted(set(ours) & set(rival))
+    mine, other = (_mean({patient: row[patient] for patient in shared}) for row in (ours, rival))
+    return mine / other if other > 0 else float(mine > 0)
 
 
 def _target(name: str, rival: str, value: float, bound: float, met: bool) -> dict[str, Any]:
