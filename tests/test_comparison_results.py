@@ -100,6 +100,20 @@ def test_an_incomplete_rival_is_compared_on_the_patients_that_it_has() -> None:
     assert targets({"ours": ours, "pooled": {("b", "1"): np.full(4, 0.5)}}) == []
 
 
+def test_a_row_with_fewer_seeds_meets_ours_in_its_own_seeds() -> None:
+    """Seeds differ by a constant; against one seed alone `ours` leads by what it leads by in that seed."""
+    fewer = [row for row in stored("fedavg", 0.4) if row.cell.seed == 0]
+    rows = {"ours": stored("ours", 0.5), "fedavg": fewer}
+    found = gather(
+        rows, site_names=["north", "south"], cells=4, about={"data": "phantoms", "folds": 2, "seeds": [0, 1]}
+    )
+    assert found["paired"]["fedavg"]["difference"] == pytest.approx(0.1)
+    (target,) = found["targets"]
+    assert target["value"] == pytest.approx(
+        found["rows"]["ours"]["seed_means"]["0"] / found["rows"]["fedavg"]["dice"]["mean"]
+    )
+
+
 def test_a_lead_whose_interval_holds_zero_misses_the_target() -> None:
     ours, other = (patient_means(stored(key, 0.5), "dice") for key in ("ours", "kd_phantoms"))
     shifts = [0.5, -0.3, -0.02, 0.0, 0.1]
@@ -120,7 +134,7 @@ def test_a_row_that_failed_is_shown_with_its_reason() -> None:
     rows = {"ours": stored("ours", 0.5), "pooled": [failed], "fedavg": stored("fedavg", 0.4)[:3]}
     found = gather(rows, site_names=list(PATIENTS), cells=4, about=ABOUT)
     text = markdown(found)
-    assert "no memory" in text and "FedAvg (incomplete)" in text
+    assert "no memory" in text and "FedAvg (3 of 4 cells)" in text
     assert not found["rows"]["pooled"]["complete"] and "pooled" not in found["paired"]
 
 

@@ -26,6 +26,8 @@ from fediod_med.resources import NOT_FOR_CLINICAL_USE
 COLUMNS = (*REGIONS, "mean")
 Patient = tuple[str, str]
 """Hospital and patient."""
+Patients = Mapping[Patient, np.ndarray]
+"""Scores `(4,)` (TC, WT, ET, mean) of the patients of one row."""
 
 
 def gather(
@@ -45,6 +47,7 @@ def gather(
     """
     found = {key: [row for row in rows if row.done] for key, rows in stored.items()}
     dice = {key: patient_means(rows, "dice") for key, rows in found.items() if rows}
+    ours = {key: patient_means(_same_cells(found.get(OURS, ()), rows), "dice") for key, rows in found.items()}
     rows = {key: _row(key, found[key], dice.get(key, {}), stored[key], site_names, cells) for key in stored}
     return {
         "notice": NOT_FOR_CLINICAL_USE,
@@ -54,8 +57,8 @@ def gather(
         "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "unit": "patient, averaged over seeds", "seed": 0},
         "aliases": ALIASES,
         "rows": rows,
-        "paired": paired_tests(dice),
-        "targets": targets(dice),
+        "paired": paired_tests(dice, ours),
+        "targets": targets(dice, ours),
     }
 
 
@@ -69,8 +72,13 @@ def patient_means(rows: Sequence[StoredRow], field: str) -> dict[Patient, np.nda
     return {patient: np.mean(found, axis=0) for patient, found in sorted(values.items())}
 
 
-def paired_tests(dice: Mapping[str, Mapping[Patient, np.ndarray]]) -> dict[str, Any]:
+def paired_tests(dice: Mapping[str, Patients], ours: Mapping[str, Patients] | None = None) -> dict[str, Any]:
     """`ours` against every other row, on the patients that both have; empty without `ours`.
+
+    Args:
+        dice: by row.
+        ours: by row, the scores of `ours` in the cells of that row alone, so that a row with fewer seeds meets the same
+            seeds; `dice["ours"]` where omitted.
 
     Returns:
         By row: `patients`, `difference` (ours minus row, mean Dice), `ci95`, the same per region under `regions`,
@@ -80,10 +88,11 @@ def paired_tests(dice: Mapping[str, Mapping[Patient, np.ndarray]]) -> dict[str, 
         return {}
     tests: dict[str, Any] = {}
     for key, other in dice.items():
-        shared = sorted(set(dice[OURS]) & set(other))
+        own = dice[OURS] if ours is None else ours[key]
+        shared = sorted(set(own) & set(other))
         if key == OURS or not shared:
             continue
-        delta = np.stack([dice[OURS][patient] - other[patient] for patient in shared])
+        delta = np.stack([own[patient] - other[patient] for patient in shared])
         interval = bootstrap_interval(delta, seed=0)
         column = delta[:, -1]
         tests[key] = {
@@ -121,26 +130,28 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in corrected]
 
 
-def targets(dice: Mapping[str, Mapping[Patient, np.ndarray]]) -> list[dict[str, Any]]:
+def targets(dice: Mapping[str, Patients], ours: Mapping[str, Patients] | None = None) -> list[dict[str, Any]]:
     """What the method set out to reach, met or missed and by how much; a target whose rows are missing is left out.
 
     Where several rows stand for one rival (FedAvg as it is and tuned, the ensembles), the best of them counts. A row is
-    compared on the patients that it shares with `ours`, so that an incomplete one is not judged by easier patients.
+    compared on the cells and patients that it shares with `ours`, so that an incomplete one is not judged by easier
+    patients. Arguments as in `paired_tests`.
     """
     if OURS not in dice:
         return []
     found = []
+    own = {key: dice[OURS] if ours is None else ours[key] for key in dice}
     for name, rivals, bound in (
         ("ours / FedAvg", ["fedavg", "fedavg_tuned"], 1.03),
         ("ours / best ensemble", [key for key in dice if key.startswith("ensemble_")], 1.05),
         ("ours / pooled", ["pooled"], 0.97),
     ):
-        ratios = {key: _ratio(dice[OURS], dice[key]) for key in rivals if set(dice.get(key, ())) & set(dice[OURS])}
+        ratios = {key: _ratio(own[key], dice[key]) for key in rivals if set(dice.get(key, ())) & set(own.get(key, ()))}
         if not ratios:
             continue
         best = min(ratios, key=lambda key: ratios[key])
         found.append(_target(name, best, ratios[best], bound, ratios[best] >= bound))
-    test = paired_tests(dice).get("kd_phantoms")
+    test = paired_tests(dice, ours).get("kd_phantoms")
     if test is not None:
         met = test["difference"] >= 0.02 and test["ci95"][0] > 0
         target = _target("ours - kd_phantoms, interval above 0", "kd_phantoms", test["difference"], 0.02, met)
@@ -148,7 +159,12 @@ def targets(dice: Mapping[str, Mapping[Patient, np.ndarray]]) -> list[dict[str, 
     return found
 
 
-def _ratio(ours: Mapping[Patient, np.ndarray], rival: Mapping[Patient, np.ndarray]) -> float:
+def _same_cells(rows: Sequence[StoredRow], others: Sequence[StoredRow]) -> list[StoredRow]:
+    cells = {row.cell for row in others}
+    return [row for row in rows if row.cell in cells]
+
+
+def _ratio(ours: Patients, rival: Patients) -> float:
     shared = sorted(set(ours) & set(rival))
     mine, other = (_mean({patient: row[patient] for patient in shared}) for row in (ours, rival))
     return mine / other if other > 0 else float(mine > 0)
@@ -158,14 +174,14 @@ def _target(name: str, rival: str, value: float, bound: float, met: bool) -> dic
     return {"name": name, "rival": rival, "value": value, "bound": bound, "margin": value - bound, "met": bool(met)}
 
 
-def _mean(patients: Mapping[Patient, np.ndarray]) -> float:
+def _mean(patients: Patients) -> float:
     return float(np.mean([scores[-1] for scores in patients.values()]))
 
 
 def _row(
     key: str,
     done: Sequence[StoredRow],
-    dice: Mapping[Patient, np.ndarray],
+    dice: Patients,
     stored: Sequence[StoredRow],
     site_names: Sequence[str],
     cells: int,

@@ -101,8 +101,9 @@ def _caption(results: Mapping[str, Any]) -> str:
     return (
         f"Mean Dice over {patients} cross-validated {results['data']}, {results['folds']} folds, seeds "
         f"{', '.join(map(str, results['seeds']))}; each tested once per seed and averaged over seeds before anything "
-        f"else. Intervals: bootstrap over patients. Paired: ours minus row with its interval, Wilcoxon signed-rank p "
-        f"with Holm's correction. HD95 in mm. MB: per hospital, mean over hospitals. Minutes: one cell on one worker. "
+        "else. A cell is one fold and one seed. Intervals: bootstrap over patients. Paired: ours minus row in the cells "
+        "that both have, with its interval, Wilcoxon signed-rank p with Holm's correction. HD95 in mm. MB: per hospital, "
+        "mean over hospitals. Minutes: one cell on one worker. "
         f"{ABSENT_REGION_POLICY}"
     )
 
@@ -124,7 +125,8 @@ def _cells(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
             continue
         test = results["paired"].get(key)
         paired = "-" if test is None else "{:+.3f} ({:+.3f} to {:+.3f})".format(test["difference"], *test["ci95"])
-        name = row["name"] if row["complete"] else f"{row['name']} (incomplete)"
+        part = f"{row['cells']} of {results['folds'] * len(results['seeds'])} cells"
+        name = row["name"] if row["complete"] else f"{row['name']} ({part})"
         table.append(
             (
                 f"{name} *" if key == OURS else name,
