@@ -155,7 +155,7 @@ def _watch(started: Parties, names: list[str], supervisor: Supervisor, seen: dic
         number = int(supervisor._record["status"].get("round", 0))
         if number and number not in seen:
             try:
-                uses = {}
+                uses: dict[str, tuple[float, float]] = {}
                 for name in ("server", *names):
                     party, *jobs = family(started.pid(name))
                     uses |= {name: _use([party]), f"{name} job": _use(jobs)}

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fediod_med import __version__
+from fediod_med.durable import write_atomically as write_atomically  # known here to its many users
 from fediod_med.errors import SettingsError, WeightsError
 from fediod_med.labels import SEQUENCES
 from fediod_med.networks import build_segmenter
@@ -59,19 +59,6 @@ class Provenance:
     version: str = __version__
     commit: str | None = None
     sequences: tuple[str, ...] = SEQUENCES
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary)`, sync it and move it to `path`; a reader never sees a partial file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor], provenance: Provenance) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fediod_med.checkpoints import write_atomically
+from fediod_med.durable import write_atomically
 from fediod_med.errors import InputError
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 

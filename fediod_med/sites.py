@@ -9,12 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from fediod_med.data.layouts import LAYOUTS, Subject, find_subjects
 from fediod_med.data.partitions import by_csv, names_a_patient, patient_id, split_fold
@@ -22,6 +20,7 @@ from fediod_med.data.transforms import DIVISOR
 from fediod_med.errors import InputError, SettingsError
 from fediod_med.labels import get_scheme
 from fediod_med.networks import BACKBONES
+from fediod_med.plain_yaml import is_plain, read_plain
 
 INITS = ("auto", "prior", "random")
 PRIVACY_MODES = ("none", "dp-sgd", "gradient")
@@ -240,7 +239,7 @@ def check_settings(site: Site) -> None:
             raise SettingsError(f"{path}: key {key!r}: expected one of {', '.join(allowed)}, found {value!r}")
     for key in _TYPES:
         value = getattr(site, key)
-        if isinstance(value, str) and not _safe(value):
+        if isinstance(value, str) and not is_plain(value):
             raise SettingsError(f"{path}: key {key!r}: values starting with $, % or @ are not allowed: {value!r}")
     if not re.fullmatch(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*", site.site_name):
         raise SettingsError(f"{path}: site_name: expected letters, digits and dashes, found {site.site_name!r}")
@@ -338,42 +337,6 @@ def split_subjects(
     return split_fold(found, folds=folds, fold=fold)
 
 
-def read_plain(path: Path) -> dict[str, Any]:
-    """Read a YAML file that may hold flat scalars only.
-
-    Raises:
-        SettingsError: names the file and the key that is nested, repeated, or could act as code.
-    """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: expected YAML with one `key: value` a line ({error})") from error
-    if not isinstance(values, dict):
-        raise SettingsError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    for key, value in values.items():
-        name = str(key)
-        if not isinstance(key, str) or name.startswith(("_", "+", "$", "%", "@")) or "#" in name or "::" in name:
-            raise SettingsError(f"{path}: key {name!r} is not allowed: a site file is data, not configuration code")
-        if isinstance(value, dict | list):
-            raise SettingsError(f"{path}: key {name!r}: expected one value, found a {type(value).__name__}")
-        if isinstance(value, str) and not _safe(value):
-            raise SettingsError(f"{path}: key {name!r}: values starting with $, % or @ are not allowed: {value!r}")
-    return values
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of repeated keys without complaint; this loader refuses them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """As in `SafeLoader`, each key once."""
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        repeated = next((key for key in keys if keys.count(key) > 1), None)
-        if repeated is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {repeated!r} appears twice", node.start_mark)
-        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep=deep)
-        return mapping
-
-
 def _typed(path: Path, key: str, value: Any) -> Any:
     wanted = _TYPES[key]
     if wanted == "str" and isinstance(value, str | int) and not isinstance(value, bool):
@@ -384,7 +347,3 @@ def _typed(path: Path, key: str, value: Any) -> Any:
         return float(value)
     hint = " (YAML reads 1e-3 as text; write 1.0e-3 or 0.001)" if wanted == "float" and isinstance(value, str) else ""
     raise SettingsError(f"{path}: key {key!r}: expected {wanted}, found {value!r}{hint}")
-
-
-def _safe(value: str) -> bool:
-    return not value.lstrip().startswith(("$", "%", "@"))

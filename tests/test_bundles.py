@@ -23,8 +23,9 @@ from fediod_med.data.phantoms import Grid, write_cohort
 from fediod_med.errors import SettingsError
 from fediod_med.evaluation import evaluate_folder, read_scores
 from fediod_med.labels import REGIONS, get_scheme
+from fediod_med.plain_yaml import read_plain
 from fediod_med.resources import NOT_FOR_CLINICAL_USE, bundle_dir
-from fediod_med.sites import SITE_FILE, Site, load_sites, read_plain
+from fediod_med.sites import SITE_FILE, Site, load_sites
 from fediod_med.teacher import quiet_monai
 
 ROOT = Path(__file__).resolve().parent.parent

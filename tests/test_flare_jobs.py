@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,3 +166,15 @@ def test_commands_say_what_is_missing(tmp_path: Path) -> None:
     assert run("federation", "server", tmp_path)[0] == 2
     code, text = run("federation", "provision", "--out", tmp_path, "--server", "h", "--site", "n", "--floor", "all")
     assert code == 2 and "--floor" in text
+
+
+def test_a_party_starts_and_a_run_is_watched_without_the_method() -> None:
+    """The engine's own process stays small, and a command that only looks answers at once."""
+    pytest.importorskip("nvflare", reason="the extra `federation` is not installed")
+    code = (
+        "import sys\n"
+        "import fediod_med.federation.flare.launch, fediod_med.federation.flare.supervisor\n"
+        "print({'torch', 'monai'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -14,7 +14,8 @@ from fediod_med.data.layouts import find_subjects
 from fediod_med.data.phantoms import Grid, write_cohort
 from fediod_med.errors import InputError, SettingsError
 from fediod_med.networks import build_segmenter
-from fediod_med.sites import SITE_FILE, Site, check_disjoint, check_settings, load_site, load_sites, read_plain
+from fediod_med.plain_yaml import read_plain
+from fediod_med.sites import SITE_FILE, Site, check_disjoint, check_settings, load_site, load_sites
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = [field.name for field in dataclasses.fields(Site) if field.name != "folder"]

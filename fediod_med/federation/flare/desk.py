@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 from fediod_med.devices import pick_device
 from fediod_med.errors import FediodError, ProtocolError, SettingsError
+from fediod_med.federation.flare.names import RUN_ID
 from fediod_med.federation.flare.plan import HospitalPlan
 from fediod_med.federation.flare.replies import Envelope, ReplyStore, only_process
 from fediod_med.federation.node import SiteNode
@@ -21,7 +21,6 @@ from fediod_med.sites import load_site
 
 logger = logging.getLogger(__name__)
 
-RUN_ID = re.compile(r"[A-Za-z0-9](-?[A-Za-z0-9]){0,79}")
 _ANSWER, _PULL_BACK = "answer", "pull_back"
 
 

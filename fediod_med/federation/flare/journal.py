@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fediod_med.checkpoints import write_atomically
+from fediod_med.durable import write_atomically
 from fediod_med.errors import ProtocolError
 
 _ASKED, _ENDED = "asked.json", "ended.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 QUERY_TASK = "fediod_query"
 ACCOUNT_TASK = "fediod_account"
 TASKS = (QUERY_TASK, ACCOUNT_TASK)
@@ -17,6 +19,8 @@ JOB_GUARD = f"{PACKAGE}.job_guard.JobGuard"
 
 STATUS_TOPIC = "fediod.status"
 PAUSE_TOPIC = "fediod.pause"
+
+RUN_ID = re.compile(r"[A-Za-z0-9](-?[A-Za-z0-9]){0,79}")
 
 PROJECT = "fediod"
 SERVER_CONFIG = "config_fed_server.json"

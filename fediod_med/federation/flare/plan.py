@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fediod_med.errors import SettingsError
-from fediod_med.sites import read_plain
+from fediod_med.plain_yaml import read_plain
 
 PLAN_FILE = "local/fediod.yaml"
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fediod_med.checkpoints import write_atomically
+from fediod_med.durable import write_atomically
 from fediod_med.errors import ProtocolError
 
 KEEP_ROUNDS = 2
