@@ -101,9 +101,9 @@ def _caption(results: Mapping[str, Any]) -> str:
     return (
         f"Mean Dice over {patients} cross-validated {results['data']}, {results['folds']} folds, seeds "
         f"{', '.join(map(str, results['seeds']))}; each tested once per seed and averaged over seeds before anything "
-        "else. A cell is one fold and one seed. Intervals: bootstrap over patients. Paired: ours minus row in the cells "
-        "that both have, with its interval, Wilcoxon signed-rank p with Holm's correction. HD95 in mm. MB: per hospital, "
-        "mean over hospitals. Minutes: one cell on one worker. "
+        "else. A cell is one fold and one seed. Intervals: bootstrap over patients. Paired: ours minus row in the "
+        "cells that both have, with its interval, Wilcoxon signed-rank p with Holm's correction. HD95 in mm. MB: per "
+        "hospital, mean over hospitals. Minutes: one cell on one worker. "
         f"{ABSENT_REGION_POLICY}"
     )
 
