@@ -130,11 +130,18 @@ def run_tasks(
 
 def _workers(count: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
+    share = max(1, _cores() // count)
+    return ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker, initargs=(share,))
+
+
+def _begin_worker(threads: int) -> None:
+    """In a worker: take its share of the cores, and stop when the process that started it is gone."""
+    torch.set_num_threads(threads)
+    _end_with_parent()
 
 
 def _end_with_parent() -> None:
-    """In a worker: stop at once when the process that started it is gone, instead of computing for nobody."""
+    """Stop at once when the process that started this one is gone, instead of computing for nobody."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
