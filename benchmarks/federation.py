@@ -1,6 +1,6 @@
 """What the engine costs a round: hospitals as processes with mutual TLS on loopback, against the same ones embedded.
 
-    python benchmarks/federation.py [--rounds 30] [--size 64] [--delay-ms 0] [--stall 0] [--sites 3]
+    python benchmarks/federation.py [--rounds 30] [--size 64] [--sites 3] [--delay-ms 0] [--loss 0 | --stall 0]
 
 Both ways run the same rounds on the same phantom hospitals with small untrained teachers and without student steps, so
 that little but messages is left; a round's cost over the engine is its mean time less the embedded one's. Every second
@@ -8,8 +8,10 @@ round has two trips, hence a mean. Hospitals of the engine compute side by side 
 ones in turn. Also printed: bytes; processor seconds a round of each process, which another load on the machine disturbs
 less; and their resident memory after a tenth of the rounds and at the end, which shows growth (--rounds 500).
 
-With --delay-ms, every byte between hospitals and server is held back so long in each direction by a relay, and with
---stall a share of the pieces waits another 200 ms, as a lost packet would make them (Linux's shortest TCP timeout).
+With --loss, hospitals reach the server over a line that drops this share of the packets in each direction, and holds
+each packet back for --delay-ms (tests/slow_line.py; needs root). Without root, --delay-ms alone or with --stall puts a
+relay between them: every byte is held back so long in each direction, and a share of the pieces waits another 200 ms,
+as a lost packet would make them (Linux's shortest TCP timeout).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,10 +47,12 @@ from fediod_med.hospitals import open_federation, open_hospital
 from fediod_med.site_gate import open_gate
 from fediod_med.sites import load_site
 from tests.flare_parties import SPACING, Parties, family, free_port, parties, write_hospitals
+from tests.slow_line import slow_line
 
 STALL_S = 0.2
 PIECE = 1 << 16
 LOOK_S = 0.5
+CLIENT_FILE, SERVER_FILE = "startup/fed_client.json", "startup/fed_server.json"
 
 
 def settings_for(names: list[str], rounds: int, size: int) -> RunSettings:
@@ -107,7 +112,7 @@ def embedded(root: Path, settings: RunSettings) -> dict[str, float]:
     return {"wall": statistics.mean(walls[1:]), "processor": processor, "bytes": sum(federation.bytes_up.values())}
 
 
-def engine(root: Path, settings: RunSettings, *, delay_s: float, stall: float) -> dict[str, Any]:
+def engine(root: Path, settings: RunSettings, *, delay_s: float, stall: float, loss: float) -> dict[str, Any]:
     """The same over the engine."""
     names = list(settings.sites)
     kits = provision(
@@ -121,19 +126,27 @@ def engine(root: Path, settings: RunSettings, *, delay_s: float, stall: float) -
         text = f"site: {root}/sites/{name}\ndevice: cpu\n"
         (kits[name] / "local" / "fediod.yaml").write_text(text, encoding="utf-8")
     (kits["server"] / "local" / "fediod.yaml").write_text("device: cpu\n", encoding="utf-8")
-    if delay_s or stall:
+    if not loss and (delay_s or stall):
         for name in names:
-            _through_relay(kits[name], delay_s, stall)
+            port = free_port()
+            service = _service(kits[name] / CLIENT_FILE, address=f"localhost:{port}")
+            relay = _relay(port, int(service.rpartition(":")[2]), delay_s, stall)
+            threading.Thread(target=asyncio.run, args=(relay,), daemon=True).start()
     seen: dict[int, Sight] = {}
-    with parties(root / "logs") as started:
+    with slow_line(delay_s=delay_s, loss=loss) if loss else nullcontext() as line, parties(root / "logs") as started:
+        if line is not None:
+            for path in (kits["server"] / SERVER_FILE, *(kits[name] / CLIENT_FILE for name in names)):
+                _service(path, host=line.near)
         started.start("server", server_command(kits["server"]))
         for name in names:
-            started.start(name, site_command(kits[name]))
+            started.start(name, [*(line.there if line is not None else ()), *site_command(kits[name])])
         announce = partial(print, file=sys.stderr)
         supervisor = Supervisor(kits["admin"], settings, poll_s=LOOK_S, announce=announce)
         watcher = threading.Thread(target=_watch, args=(started, names, supervisor, seen), daemon=True)
         watcher.start()
         record = supervisor.run()
+        if line is not None:
+            print(f"line: {line.lost} of {line.passed + line.lost} packets were lost", file=sys.stderr)
     if record["state"] != COMPLETED:
         raise SystemExit(f"the run ended {record['state']}: {record['reason']}")
     first = min((number for number in seen if number >= settings.full_schedule().rounds / 10), default=max(seen))
@@ -175,15 +188,14 @@ def _use(pids: list[int]) -> tuple[float, float]:
     return memory, processor
 
 
-def _through_relay(kit: Path, delay_s: float, stall: float) -> None:
-    """Put a slow relay between a hospital and the server, and point the hospital's kit at it."""
-    path = kit / "startup" / "fed_client.json"
+def _service(path: Path, *, address: str = "", host: str = "") -> str:
+    """Point a kit at another address of the server, or at another host with the same port; returns what it was."""
     config = json.loads(path.read_text(encoding="utf-8"))
     service = config["servers"][0]["service"]
-    port, to = free_port(), int(service["target"].rpartition(":")[2])
-    service["target"] = f"localhost:{port}"
+    before = str(service["target"])
+    service["target"] = address or f"{host}:{before.rpartition(':')[2]}"
     path.write_text(json.dumps(config), encoding="utf-8")
-    threading.Thread(target=lambda: asyncio.run(_relay(port, to, delay_s, stall)), daemon=True).start()
+    return before
 
 
 async def _relay(port: int, to: int, delay_s: float, stall: float) -> None:
@@ -232,6 +244,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--sites", type=int, default=3)
     parser.add_argument("--delay-ms", type=float, default=0.0)
+    parser.add_argument("--loss", type=float, default=0.0)
     parser.add_argument("--stall", type=float, default=0.0)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -241,7 +254,7 @@ def main() -> None:
         root = Path(scratch)
         write_hospitals(root, names, roi=given.size)
         plain = embedded(root, settings)
-        found = engine(root, settings, delay_s=given.delay_ms / 1000, stall=given.stall)
+        found = engine(root, settings, delay_s=given.delay_ms / 1000, stall=given.stall, loss=given.loss)
     first, last = found["first"], found["last"]
     count = max(1, last.round - first.round)
     wall = (last.time - first.time) / count

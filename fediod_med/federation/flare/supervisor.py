@@ -131,7 +131,7 @@ class Supervisor:
         asked_to_pause, over_since = False, math.inf
         while True:
             standing = str(engine.get_job_meta(job)["status"])
-            if standing == "RUNNING":
+            if standing == "RUNNING" and not self._has_ended(job):  # its process has gone after its last word
                 self._look(engine, job)
                 if not asked_to_pause and self._somebody_is_back(engine, job):
                     engine.do_app_command(job, PAUSE_TOPIC, {})
@@ -146,12 +146,16 @@ class Supervisor:
             if self._stopped():
                 _abort(engine, job)
                 return "stopped", ""
-            if self._record["status"].get("job") == job and self._record["status"].get("state") in ENDED:
+            if self._has_ended(job):
                 over_since = min(over_since, time.monotonic())
             if time.monotonic() > over_since + LAST_WORD_S:
                 _abort(engine, job)  # it has said its last word; only the engine waits for somebody who is gone
                 over_since = math.inf
             time.sleep(self._poll_s)
+
+    def _has_ended(self, job: str) -> bool:
+        """Whether this segment has said its last word."""
+        return self._record["status"].get("job") == job and self._record["status"].get("state") in ENDED
 
     def _look(self, engine: Session, job: str) -> None:
         try:
