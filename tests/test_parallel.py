@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 ROUNDING, HALF_PRECISION = 1e-4, 2**-7
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # a failing test would print every tensor
 class Pair:
     """What one process found alone, what two found together, and where the two left their files."""
 
