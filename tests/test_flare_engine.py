@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,63 +26,25 @@ from fediod_med.hospitals import open_federation, open_hospital
 from fediod_med.privacy.ledger import LEDGER
 from fediod_med.site_gate import open_gate
 from fediod_med.sites import load_site
-from tests.flare_parties import ROI, SPACING, Parties, free_port, parties, wait_for, write_hospitals
+from tests.flare_kits import (
+    NAMES,
+    PATIENCE_S,
+    audit,
+    fediod,
+    make_kits,
+    reached,
+    reasons,
+    record,
+    start_all,
+    status_of,
+    submission,
+)
+from tests.flare_parties import ROI, SPACING, Parties, parties, wait_for, write_hospitals
 
 pytest.importorskip("nvflare", reason="the extra `federation` is not installed")
-PATIENCE_S = float(os.environ.get("FEDIOD_ENGINE_PATIENCE_S", "120"))  # a busy machine imports slowly
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(20 * PATIENCE_S)]
 
-NAMES = ("north", "south", "west")
 GRADIENT = "epsilon: 8.0\nprivacy_mode: gradient\nreleases: {releases}\npatient_ids: subjects\n"
-FEDIOD = [sys.executable, "-m", "fediod_med.cli.main"]
-
-
-def fediod(*words: object) -> list[str]:
-    return [*FEDIOD, *map(str, words)]
-
-
-def submission(kits: Path, run: str, names: Sequence[str] = NAMES, **options: object) -> list[str]:
-    given = {"rounds": 5, "pool": 2, "roi": ROI, "spacing": SPACING, "checkpoint-every": 2, "interval": 0.05}
-    given |= {"data": "phantoms", "timeout": PATIENCE_S} | {name.replace("_", "-"): v for name, v in options.items()}
-    words = [word for name, value in given.items() for word in (f"--{name}", value)]
-    sites = [word for name in names for word in ("--site", name)]
-    return fediod("federation", "submit", "--kit", kits / "admin", "--run", run, *sites, *words)
-
-
-def make_kits(root: Path, names: Sequence[str] = NAMES) -> Path:
-    from fediod_med.federation.flare.provision import provision
-
-    made = provision(
-        root / "kits", server="localhost", port=free_port(), sites=names, egress=default_rules(batch=2, size=ROI)
-    )
-    for name in names:
-        (made[name] / "local" / "fediod.yaml").write_text(f"site: {root}/sites/{name}\ndevice: cpu\n", encoding="utf-8")
-    (made["server"] / "local" / "fediod.yaml").write_text("device: cpu\n", encoding="utf-8")
-    return root / "kits"
-
-
-def start_all(started: Parties, kits: Path, names: Sequence[str] = NAMES) -> None:
-    started.start("server", fediod("federation", "server", kits / "server"))
-    for name in names:
-        started.start(name, fediod("federation", "site", kits / name))
-
-
-def record(kits: Path, run: str) -> dict[str, Any]:
-    path = kits / "admin" / "runs" / f"{run}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def reached(kits: Path, run: str, number: int) -> bool:
-    return int(record(kits, run).get("furthest", 0)) >= number
-
-
-def audit(kits: Path, name: str) -> list[dict[str, Any]]:
-    path = kits / name / "fediod-audit.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def reasons(kits: Path, name: str) -> str:
-    return "\n".join(str(line.get("reason", "")) for line in audit(kits, name) if "refused" in str(line["event"]))
 
 
 @pytest.fixture
@@ -152,13 +114,8 @@ def test_five_rounds_over_mutual_tls_equal_the_embedded_federation(tmp_path: Pat
         assert {line["kind"] for line in sent} == {"describe", "answer", "pull_back", "account"}
         assert not reasons(kits, name)
         assert "Traceback" not in started.log(name)
-    status = subprocess.run(
-        fediod("federation", "status", "--kit", kits / "admin", "--run", "first"),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "completed" in status.stdout and "round 5 of 5" in status.stdout
+    told = status_of(kits, "first")
+    assert "completed" in told and "round 5 of 5" in told and told.count("NOT PRIVATE") == 3
 
 
 @pytest.mark.slow
