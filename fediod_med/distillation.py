@@ -512,8 +512,8 @@ def _begin(
 
 def warmed_average(average: Tensor, now: Tensor, steps: Tensor | int, *, decay: float) -> Tensor:
     """Exponential average whose decay after n steps is `min(decay, (1 + n) / (10 + n))`: it forgets the start."""
-    share = min(decay, (1 + int(steps)) / (10 + int(steps)))
-    return average + (now - average) * (1 - share)
+    n = torch.as_tensor(steps).double()  # read by no one, so a GPU need not wait
+    return average + (now - average) * (1 - ((1 + n) / (10 + n)).clamp(max=decay)).to(now)
 
 
 def _hardest(
@@ -562,7 +562,7 @@ def _synthesise(
         if public is None or texture is None:
             x: Tensor = generator(z[own].to(device))
         else:
-            labels = one_hot(public.tissues[own], TISSUES).to(device)
+            labels = one_hot(public.tissues[own].to(device), TISSUES)
             x = generator(z[own].to(device), labels, base, texture[own].to(device))
     return x.float()
 
@@ -718,9 +718,10 @@ def _student_steps(
 
     A share `rehearsal` of each batch comes from the simulator instead, with its label map alone as the target. Class
     answers have no overlap, so `KL(q || S)` alone, and an image is not mirrored or changed in contrast: that may make
-    it one of another class. Every process makes the whole batch, and the student sees its own share of it.
+    it one of another class. Every process makes the whole batch, and the student sees its own share of it. Numbers are
+    drawn on the CPU and volumes changed on the device, where that takes no time.
     """
-    losses: list[float] = []
+    losses: list[Tensor] = []
     rehearsed = round(schedule.rehearsal * schedule.student_batch)
     volumes = [(i, j) for i, pair in enumerate(state.replay) for j in range(pair["x"].shape[0])]
     for step in range(schedule.student_steps):
@@ -731,23 +732,23 @@ def _student_steps(
         public = rehearsed if sampler is not None else 0
         chosen = torch.randint(len(volumes), (schedule.student_batch - public,), generator=random).tolist()
         batch = [{name: t[j] for name, t in state.replay[i].items()} for i, j in (volumes[c] for c in chosen)]
-        x = torch.stack([b["x"] for b in batch]).float()
-        target = torch.stack([b["q"] for b in batch]).float()
+        x = torch.stack([b["x"] for b in batch]).to(device).float()
+        target = torch.stack([b["q"] for b in batch]).to(device).float()
         if schedule.truth and "classes" in batch[0]:
-            truth = one_hot(torch.stack([b["classes"] for b in batch]), CLASSES)
+            truth = one_hot(torch.stack([b["classes"] for b in batch]).to(device), CLASSES)
             target = (1 - schedule.truth) * target + schedule.truth * truth
         if sampler is not None and public:
             phantoms = sampler.draw(REHEARSAL_DRAWS + done, public)
-            x, target = torch.cat([x, phantoms.base]), torch.cat([target, one_hot(phantoms.classes, CLASSES)])
+            x = torch.cat([x, phantoms.base.to(device)])
+            target = torch.cat([target, one_hot(phantoms.classes.to(device), CLASSES)])
         dense = target.dim() > 2
         if dense:
             x, target = flip_together([jitter(x, random), target], random)
         if schedule.mixup:
             x, target = mix_pairs([x, target], random)
         own = workers.share(len(x))
-        x, target = x[own].to(device), target.to(device)
         with autocast_over(x.device, x.shape[2:]):
-            guess = state.student(x)
+            guess = state.student(x[own])
         guess = guess.float()
         logits = workers.gather(guess, len(target), device).requires_grad_(True)
         loss = transfer_divergence(target, logits)
@@ -760,8 +761,8 @@ def _student_steps(
         nn.utils.clip_grad_norm_(state.student.parameters(), 5.0)
         state.student_optimizer.step()
         state.student_average.update_parameters(state.student)
-        losses.append(float(loss.detach()))
-    return {"student": sum(losses) / len(losses)} if losses else {}
+        losses.append(loss.detach())
+    return {"student": sum(map(float, losses)) / len(losses)} if losses else {}
 
 
 def _learning_rate(step: int, steps: int) -> float:
