@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from command import run  # type: ignore[import-not-found]
 
+from fediod_med.cli.main import check_processes
 from fediod_med.data.phantoms import Grid, hospital_profiles, write_cohort
+from fediod_med.errors import SettingsError
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +142,14 @@ def test_unknown_weights_are_refused(hospital, tmp_path) -> None:
     code, message = run("segment", "-i", case_of(hospital), "-o", tmp_path / "o", "--model", tmp_path / "w.safetensors")
     assert code == 2
     assert "expected safetensors" in message
+
+
+def test_only_distill_is_shared_by_torchrun() -> None:
+    started = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}
+    with pytest.raises(SettingsError, match="expected the command distill, which shares its work, found demo"):
+        check_processes(["demo", "--out", "x"], started)
+    with pytest.raises(SettingsError, match="found no command"):
+        check_processes([], started)
+    check_processes(["distill", "--out", "x"], started)
+    check_processes(["demo"], {**started, "WORLD_SIZE": "1"})
+    check_processes(["demo"], {"WORLD_SIZE": "2"})  # another launcher's variable

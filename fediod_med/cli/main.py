@@ -7,13 +7,14 @@ Exit codes: 0 done, 1 some cases failed, 2 wrong use or input. Heavy packages ar
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import typer
 
 from fediod_med.cli import about, compare, experiments, federation, privacy, review, scans, site, whole_runs
-from fediod_med.errors import FediodError
+from fediod_med.errors import FediodError, SettingsError
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 
 
@@ -46,10 +47,25 @@ def main() -> None:
     """Entry point `fediod`: a known error becomes one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
+        check_processes(sys.argv[1:], os.environ)
         command_line()()
     except FediodError as error:
         typer.echo(f"fediod: {error}", err=True)
         sys.exit(2)
+
+
+def check_processes(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Refuse what `torchrun` would do several times over in one folder.
+
+    Raises:
+        SettingsError: one of several processes of `torchrun`, and not of `fediod distill`.
+    """
+    several = "TORCHELASTIC_RUN_ID" in environment and environment.get("WORLD_SIZE", "1") != "1"
+    if several and list(arguments[:1]) != ["distill"]:
+        found = " ".join(arguments[:1]) or "no command"
+        raise SettingsError(
+            f"torchrun: expected the command distill, which shares its work, found {found}; start it alone"
+        )
 
 
 def _add(app: typer.Typer, *commands: Callable[..., None]) -> None:
