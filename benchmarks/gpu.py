@@ -42,7 +42,8 @@ from fediod_med.data.nifti import Volume
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.data.transforms import normalise, to_working_grid
 from fediod_med.devices import SMALLEST_REDUCED, autocast_dtype, autocast_over, pick_device
-from fediod_med.distillation import GeneratorObjective, Schedule, distill
+from fediod_med.distillation.loop import distill
+from fediod_med.distillation.settings import GeneratorObjective, Schedule
 from fediod_med.federation.critic import PlainCritic
 from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.node import SiteNode

@@ -19,7 +19,7 @@ from fediod_med.data.partitions import by_patient
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.data.transforms import preprocessing
 from fediod_med.devices import private_precision
-from fediod_med.distillation import Schedule, generator_rounds
+from fediod_med.distillation.settings import Schedule, generator_rounds
 from fediod_med.errors import PrivacyError, SettingsError
 from fediod_med.federation.critic import Critic, PlainCritic, PrivateCritic
 from fediod_med.federation.embedded import EmbeddedFederation

@@ -1,7 +1,7 @@
 """The terms of the method, one function each: tensors in, scalar out, no weights and no signs.
 
-Weights and signs stand in one visible sum in `distillation.py`. All functions work for any number of spatial axes.
-`B` batch, `C` classes, `K` hospitals. Logarithms are natural. Source: Gong et al., FedIOD, AAAI 2024 (arXiv
+Weights and signs stand in one visible sum in `distillation.generating`. All functions work for any number of spatial
+axes. `B` batch, `C` classes, `K` hospitals. Logarithms are natural. Source: Gong et al., FedIOD, AAAI 2024 (arXiv
 2312.14478) and its published classification code; the dense forms average over voxels, where the published code sums.
 """
 

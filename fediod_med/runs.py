@@ -37,15 +37,10 @@ from fediod_med.data.nifti import read_label, read_subject
 from fediod_med.data.phantoms import Grid, Profile, hospital_profiles, write_cohort
 from fediod_med.data.sampler import PublicBatch, PublicSampler
 from fediod_med.devices import pick_device
-from fediod_med.distillation import (
-    PAPER_OBJECTIVE,
-    DistillationState,
-    GeneratorObjective,
-    Schedule,
-    asked_volumes,
-    distill,
-    final_volumes,
-)
+from fediod_med.distillation.loop import distill
+from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule
+from fediod_med.distillation.state import DistillationState
+from fediod_med.distillation.volumes import asked_volumes, final_volumes
 from fediod_med.errors import InputError, SettingsError
 from fediod_med.evaluation import SubjectScore, evaluate_predictor, paired_difference, summarise, write_scores
 from fediod_med.export import write_central_bundle

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from fediod_med.checkpoints import load_state, save_state
 from fediod_med.data.phantoms import Grid, load_anatomy
 from fediod_med.data.sampler import PublicSampler
-from fediod_med.distillation import PAPER_OBJECTIVE, DistillationState, GeneratorObjective, Schedule, distill
+from fediod_med.distillation.loop import distill
+from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule
+from fediod_med.distillation.state import DistillationState
 from fediod_med.errors import FediodError
 from fediod_med.federation.critic import PlainCritic
 from fediod_med.federation.embedded import EmbeddedFederation

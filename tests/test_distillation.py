@@ -16,23 +16,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fediod_med import distillation
 from fediod_med.checkpoints import load_state
 from fediod_med.data.phantoms import Grid, load_anatomy
 from fediod_med.data.sampler import PublicBatch, PublicSampler, upright
-from fediod_med.distillation import (
-    PAPER_OBJECTIVE,
-    DistillationState,
-    GeneratorObjective,
-    Schedule,
-    asked_volumes,
-    distill,
-    final_volumes,
-    snapshot_rounds,
-    softmax_pull_back,
-    synthetic_volumes,
-    warmed_average,
-)
+from fediod_med.distillation import learning
+from fediod_med.distillation.generating import softmax_pull_back
+from fediod_med.distillation.loop import distill
+from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule, snapshot_rounds
+from fediod_med.distillation.state import DistillationState, warmed_average
+from fediod_med.distillation.volumes import asked_volumes, final_volumes, synthetic_volumes
 from fediod_med.ensemble import public_dice
 from fediod_med.errors import ProtocolError, SettingsError, WeightsError
 from fediod_med.federation.critic import PlainCritic
@@ -258,10 +250,10 @@ def test_rehearsal_draws_fresh_phantoms_whose_target_is_the_label_map_alone(
         return transfer_divergence(target, logits)
 
     monkeypatch.setattr(bench.sampler, "draw", noted_draw)
-    monkeypatch.setattr(distillation, "transfer_divergence", noted_divergence)
+    monkeypatch.setattr(learning, "transfer_divergence", noted_divergence)
     bench.distill(mode=None, schedule=replace(SHORT, student_batch=3, rehearsal=1 / 3))
-    rehearsed = [(step, batch) for step, batch in drawn if step >= distillation.REHEARSAL_DRAWS]
-    assert rehearsed == [(distillation.REHEARSAL_DRAWS + i, 1) for i in range(SHORT.rounds * SHORT.student_steps)]
+    rehearsed = [(step, batch) for step, batch in drawn if step >= learning.REHEARSAL_DRAWS]
+    assert rehearsed == [(learning.REHEARSAL_DRAWS + i, 1) for i in range(SHORT.rounds * SHORT.student_steps)]
     assert sharp == [[False, False, True]] * len(rehearsed)
 
 
@@ -727,7 +719,8 @@ import torch
 from fediod_med.checkpoints import save_state
 from fediod_med.data.phantoms import Grid, load_anatomy
 from fediod_med.data.sampler import PublicSampler
-from fediod_med.distillation import GeneratorObjective, Schedule, distill
+from fediod_med.distillation.loop import distill
+from fediod_med.distillation.settings import GeneratorObjective, Schedule
 from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.critic import PlainCritic
 from fediod_med.federation.node import SiteNode

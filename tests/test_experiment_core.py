@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fediod_med import distillation
-from fediod_med.distillation import GeneratorObjective, Schedule, distill
+from fediod_med.distillation import learning
+from fediod_med.distillation.loop import distill
+from fediod_med.distillation.settings import GeneratorObjective, Schedule
 from fediod_med.ensemble import class_ratio_weights, merge, site_shares
 from fediod_med.errors import ProtocolError, SettingsError
 from fediod_med.federation.critic import PlainCritic
@@ -139,7 +140,7 @@ def test_the_loop_teaches_class_answers_and_changes_no_image(tmp_path: Path, mon
         shown[-1] = (shown[-1][0], target.detach().clone())
         return torch.nn.functional.cross_entropy(logits, target)
 
-    monkeypatch.setattr(distillation, "transfer_divergence", noted)
+    monkeypatch.setattr(learning, "transfer_divergence", noted)
     objective = GeneratorObjective(
         gan=1, clarity=1, unique=1, mask=0, balance=1, transfer=0, divergence="features", competence=0
     )

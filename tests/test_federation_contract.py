@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fediod_med.distillation import softmax_pull_back
+from fediod_med.distillation.generating import softmax_pull_back
 from fediod_med.ensemble import merge, site_shares
 from fediod_med.errors import ProtocolError
 from fediod_med.federation.critic import PlainCritic

@@ -29,14 +29,10 @@ from fediod_med.comparison.smoke import write_smoke_sites
 from fediod_med.data.phantoms import Grid, load_anatomy, write_cohort
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.devices import autocast_dtype, autocast_over, pick_device
-from fediod_med.distillation import (
-    PAPER_OBJECTIVE,
-    DistillationState,
-    GeneratorObjective,
-    Schedule,
-    distill,
-    final_volumes,
-)
+from fediod_med.distillation.loop import distill
+from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule
+from fediod_med.distillation.state import DistillationState
+from fediod_med.distillation.volumes import final_volumes
 from fediod_med.ensemble import merge
 from fediod_med.federation.critic import PlainCritic
 from fediod_med.federation.embedded import EmbeddedFederation

@@ -58,6 +58,7 @@ SIBLINGS_ALLOWED = (
     "review",
     "segmentation",
     "comparison",
+    "distillation",
     "experiments",
     "federation.flare",
 )  # packages whose files are one unit

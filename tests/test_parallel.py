@@ -20,7 +20,7 @@ from fediod_med import parallel
 from fediod_med.checkpoints import load_state, load_weights
 from fediod_med.data.phantoms import Grid, hospital_profiles, write_cohort
 from fediod_med.data.sampler import PublicSampler
-from fediod_med.distillation import REHEARSAL_DRAWS
+from fediod_med.distillation.learning import REHEARSAL_DRAWS
 from fediod_med.errors import SettingsError, WorkerError
 from fediod_med.networks import STUDENT, Generator, build_segmenter, one_hot
 from fediod_med.parallel import ALONE, Workers, joined, own_device

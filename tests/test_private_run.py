@@ -16,7 +16,7 @@ from fediod_med.checkpoints import load_segmenter, load_state, read_provenance, 
 from fediod_med.claims import check_claim, find_claims
 from fediod_med.data.phantoms import Grid, hospital_profiles, write_cohort
 from fediod_med.data.sampler import PublicSampler
-from fediod_med.distillation import Schedule
+from fediod_med.distillation.settings import Schedule
 from fediod_med.errors import BudgetExceeded, InputError, PrivacyError, ProtocolError, SettingsError
 from fediod_med.federation.critic import PlainCritic, PrivateCritic
 from fediod_med.federation.embedded import EmbeddedFederation

@@ -14,7 +14,7 @@ import torch
 from fediod_med import runs
 from fediod_med.checkpoints import load_weights, read_provenance
 from fediod_med.data.phantoms import Grid, hospital_profiles, write_cohort
-from fediod_med.distillation import Schedule
+from fediod_med.distillation.settings import Schedule
 from fediod_med.errors import SettingsError
 from fediod_med.export import find_weights
 from fediod_med.hospitals import Hospital

@@ -117,7 +117,7 @@ def distill(
     """
     import dataclasses
 
-    from fediod_med.distillation import PAPER_OBJECTIVE, GeneratorObjective, Schedule
+    from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule
     from fediod_med.parallel import joined
     from fediod_med.runs import run_distillation
     from fediod_med.sites import load_sites

@@ -15,7 +15,7 @@ from torch import Tensor
 from fediod_med.baselines import PreparedScan
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.devices import autocast_over
-from fediod_med.distillation import GeneratorObjective
+from fediod_med.distillation.settings import GeneratorObjective
 from fediod_med.ensemble import competence_weights, merge, public_dice
 from fediod_med.federation.critic import PlainCritic
 from fediod_med.hospitals import Hospital

@@ -12,7 +12,7 @@ from fediod_med.comparison.rows import AVERAGING, DISTILLED, SITE
 from fediod_med.comparison.students import recipe
 from fediod_med.comparison.tasks import Task, task_done
 from fediod_med.devices import autocast_over, pick_device
-from fediod_med.distillation import generator_rounds
+from fediod_med.distillation.settings import generator_rounds
 from fediod_med.networks import STUDENT, build_segmenter
 
 PHANTOM_SECONDS = 0.4  # one phantom at 4 mm on one core; measured

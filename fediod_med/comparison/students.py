@@ -17,7 +17,9 @@ from fediod_med.comparison.ensembles import ENTROPY_TEMPERATURE
 from fediod_med.comparison.profiles import Profile
 from fediod_med.comparison.rows import DISTILLED, OURS, WITH, WITHOUT
 from fediod_med.data.sampler import PublicBatch, PublicSampler, pad_to
-from fediod_med.distillation import PAPER_OBJECTIVE, REHEARSAL_DRAWS, GeneratorObjective, Schedule, distill
+from fediod_med.distillation.learning import REHEARSAL_DRAWS
+from fediod_med.distillation.loop import distill
+from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule
 from fediod_med.encodings import FP16
 from fediod_med.errors import SettingsError
 from fediod_med.hospitals import Hospital, open_federation

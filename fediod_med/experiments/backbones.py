@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fediod_med.data.phantoms import Anatomy
-from fediod_med.distillation import GeneratorObjective, Schedule
+from fediod_med.distillation.settings import GeneratorObjective, Schedule
 from fediod_med.experiments.phantom_hospitals import (
     Cohort,
     PhantomHospital,

@@ -18,7 +18,8 @@ from fediod_med.comparison.averaging import AveragingPlan, federated_average, pr
 from fediod_med.comparison.local import cosine_rate
 from fediod_med.data.layouts import Subject
 from fediod_med.data.partitions import dirichlet
-from fediod_med.distillation import GeneratorObjective, Schedule, distill
+from fediod_med.distillation.loop import distill
+from fediod_med.distillation.settings import GeneratorObjective, Schedule
 from fediod_med.ensemble import merge
 from fediod_med.experiments.images import ImageSet, check_size
 from fediod_med.federation.critic import PlainCritic

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fediod_med.distillation import GeneratorObjective, Schedule
+from fediod_med.distillation.settings import GeneratorObjective, Schedule
 from fediod_med.errors import SettingsError
 from fediod_med.experiments.classification import Setup, run_cell
 from fediod_med.experiments.images import ImageSet, cifar, digits, validation_of

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from fediod_med.data.phantoms import Anatomy
-from fediod_med.distillation import GeneratorObjective
+from fediod_med.distillation.settings import GeneratorObjective
 from fediod_med.experiments.backbones import BACKBONES, FULL, SMOKE, three_hospitals
 from fediod_med.experiments.phantom_hospitals import (
     Setup,

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from fediod_med.checkpoints import load_state, save_state
 from fediod_med.data.phantoms import Anatomy, hospital_profiles, load_anatomy, tumour_classes
 from fediod_med.data.sampler import PublicSampler, training_grid
-from fediod_med.distillation import DistillationState, GeneratorObjective, Schedule, distill, synthetic_volumes
+from fediod_med.distillation.loop import distill
+from fediod_med.distillation.settings import GeneratorObjective, Schedule
+from fediod_med.distillation.state import DistillationState
+from fediod_med.distillation.volumes import synthetic_volumes
 from fediod_med.ensemble import merge, site_shares
 from fediod_med.federation.critic import PlainCritic
 from fediod_med.federation.embedded import EmbeddedFederation

@@ -19,7 +19,7 @@ from torch import nn
 from fediod_med.data.layouts import Subject
 from fediod_med.data.partitions import dirichlet
 from fediod_med.data.phantoms import Anatomy, hospital_profiles
-from fediod_med.distillation import GeneratorObjective
+from fediod_med.distillation.settings import GeneratorObjective
 from fediod_med.errors import SettingsError
 from fediod_med.experiments.backbones import FULL, SMOKE
 from fediod_med.experiments.phantom_hospitals import (

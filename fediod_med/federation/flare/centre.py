@@ -15,7 +15,9 @@ import torch
 from fediod_med.checkpoints import Provenance, current_commit, load_state, save_state, save_weights
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.devices import pick_device
-from fediod_med.distillation import DistillationState, distill, final_volumes
+from fediod_med.distillation.loop import distill
+from fediod_med.distillation.state import DistillationState
+from fediod_med.distillation.volumes import final_volumes
 from fediod_med.errors import SettingsError
 from fediod_med.export import write_central_bundle
 from fediod_med.federation.flare.remote import RemoteFederation

@@ -13,7 +13,7 @@ from fediod_med.errors import SettingsError
 from fediod_med.federation.flare.names import RUN_ID
 
 if TYPE_CHECKING:  # the method brings torch and MONAI along, which a process that only watches a run does without
-    from fediod_med.distillation import GeneratorObjective, Schedule
+    from fediod_med.distillation.settings import GeneratorObjective, Schedule
 
 MODES = ("conditional", "unconditional", "phantoms")
 _SITE = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
@@ -64,13 +64,13 @@ class RunSettings:
 
     def full_schedule(self) -> Schedule:
         """Defaults and what differs from them."""
-        from fediod_med.distillation import Schedule
+        from fediod_med.distillation.settings import Schedule
 
         return Schedule(**self.schedule)
 
     def full_objective(self) -> GeneratorObjective:
         """Defaults of the mode and what differs from them."""
-        from fediod_med.distillation import PAPER_OBJECTIVE, GeneratorObjective
+        from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective
 
         base = PAPER_OBJECTIVE if self.mode == "unconditional" else GeneratorObjective()
         return dataclasses.replace(base, **self.objective)
@@ -82,7 +82,7 @@ def read_settings(values: Mapping[str, Any]) -> RunSettings:
     Raises:
         SettingsError: a missing, unknown or impossible value; names it.
     """
-    from fediod_med.distillation import GeneratorObjective, Schedule
+    from fediod_med.distillation.settings import GeneratorObjective, Schedule
 
     known = {f.name for f in dataclasses.fields(RunSettings)}
     for name, kind, given in (
