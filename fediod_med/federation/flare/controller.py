@@ -21,6 +21,7 @@ from nvflare.apis.signal import Signal
 
 from fediod_med.errors import FediodError, ProtocolError
 from fediod_med.federation.flare.centre import SegmentEnd, claim, finish, run_rounds
+from fediod_med.federation.flare.leftovers import Leftovers
 from fediod_med.federation.flare.names import CONTENT, PAUSE_TOPIC, STATUS_TOPIC
 from fediod_med.federation.flare.plan import centre_plan
 from fediod_med.federation.flare.remote import RemoteFederation
@@ -48,6 +49,7 @@ class DistillController(Controller):
         self._found: dict[str, Mapping[str, Any] | str] = {}
         self._heard: set[str] = set()
         self._bell = WorkBell()
+        self._leftovers = Leftovers()
         self._pause = threading.Event()
         self._read = threading.Event()
         self._state = "starting"
@@ -171,6 +173,7 @@ class DistillController(Controller):
 
         def on_round(record: Mapping[str, float]) -> None:
             nonlocal began
+            self._leftovers.sweep()
             number = int(record["round"])
             self._records.append(record)
             self._round_seconds.append(time.monotonic() - began)

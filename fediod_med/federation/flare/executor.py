@@ -6,6 +6,7 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
+from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
@@ -15,6 +16,7 @@ from nvflare.apis.signal import Signal
 from fediod_med.errors import FediodError, ProtocolError
 from fediod_med.federation.flare.audit import AUDIT_FILE, AuditLog
 from fediod_med.federation.flare.desk import Desk, refusal
+from fediod_med.federation.flare.leftovers import Leftovers
 from fediod_med.federation.flare.names import ACCOUNT_TASK, CONTENT, QUERY_TASK
 from fediod_med.federation.flare.plan import hospital_plan
 from fediod_med.privacy.records import Head
@@ -28,6 +30,7 @@ class HospitalExecutor(Executor):
     def __init__(self) -> None:
         super().__init__()
         self._desk: Desk | None = None
+        self._leftovers = Leftovers()
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Answer one task; what leaves is checked once more by the hospital's `guard.EgressGuard`."""
@@ -43,6 +46,11 @@ class HospitalExecutor(Executor):
             AuditLog(kit / AUDIT_FILE).write("refused", task=task_name, reason=f"{type(error).__name__}: {error}")
             reply[CONTENT] = {"refused": refusal(error)}
         return reply
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Once a reply has left, nobody waits."""
+        if event_type == EventType.AFTER_SEND_TASK_RESULT:
+            self._leftovers.sweep()
 
     def _answer(self, task_name: str, content: object, kit: Path, name: str) -> dict[str, object]:
         if self._desk is None:
