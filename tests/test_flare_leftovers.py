@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
-from fediod_med.federation.flare.leftovers import Leftovers
+from fediod_med.federation.flare.leftovers import SETTLING, Leftovers
 
 
 class Stream:
@@ -20,7 +20,7 @@ def test_a_sweep_frees_what_only_a_cycle_holds_and_nothing_else() -> None:
     automatic = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(2):  # the first sweep also sets the present objects aside
+        for _ in range(SETTLING + 1):  # the first sweeps also set the present objects aside
             left = weakref.ref(Stream())
             assert left() is not None
             leftovers.sweep()

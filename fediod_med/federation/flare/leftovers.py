@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import gc
 
+SETTLING = 4  # sweeps after which a job has loaded all that it needs: it has been asked in every way
+
 
 class Leftovers:
-    """Sweeps a job's process; the objects that are there at the first sweep are not looked at again."""
+    """Sweeps a job's process; what is there at the first few sweeps, libraries mostly, is not looked at again."""
 
     def __init__(self) -> None:
-        self._begun = False
+        self._settling = SETTLING
 
     def sweep(self) -> None:
-        """Free what is held by cycles alone; some milliseconds, and a second for the first time."""
+        """Free what is held by cycles alone; some milliseconds, and up to a second for the first few times."""
         gc.collect()
-        if not self._begun:
+        if self._settling:
             gc.freeze()
-            self._begun = True
+            self._settling -= 1
