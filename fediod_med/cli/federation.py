@@ -82,7 +82,7 @@ def submit(
     segment: Annotated[int, typer.Option(help="Rounds of one job at the engine; 0: no limit.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds a trip after which a hospital has failed.")] = 600.0,
     grace: Annotated[float, typer.Option(help="Seconds to wait for the rest once the quorum has answered.")] = 30.0,
-    interval: Annotated[float, typer.Option(help="Seconds between a hospital's looks for a task.")] = 0.2,
+    interval: Annotated[float, typer.Option(help="Seconds that a hospital rests after a task.")] = 0.2,
     data: Annotated[str, typer.Option(help="Whose scans: patients or phantoms; printed beside results.")] = "patients",
     seed: Seed = 0,
 ) -> None:

@@ -37,7 +37,8 @@ class RunSettings:
         timeout_s: seconds per trip after which a hospital counts as failed.
         grace_s: seconds that a trip waits for the others once the quorum has answered.
         segment_rounds: rounds of one job at the engine; 0: no limit.
-        fetch_interval_s: seconds between a hospital's requests for tasks; 0.05 on one machine, 0.2 to 0.5 on a WAN.
+        fetch_interval_s: seconds that a hospital rests after a task before it asks for the next; the server holds that
+            request until there is one (`work_bell`).
         data_name: `patients` or `phantoms`; printed beside results.
     """
 
