@@ -57,6 +57,13 @@ def reached(kits: Path, run: str, number: int) -> bool:
     return int(record(kits, run).get("furthest", 0)) >= number
 
 
+def works(kits: Path, run: str, segment: int) -> bool:
+    """Whether this segment, or a later one, has brought a round."""
+    found = record(kits, run)
+    segments, status = found.get("segments", []), found.get("status", {})
+    return len(segments) >= segment and status.get("job") == segments[-1]["job"] and status.get("round", 0) > 0
+
+
 def audit(kits: Path, name: str) -> list[dict[str, Any]]:
     path = kits / name / "fediod-audit.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -38,6 +38,7 @@ from tests.flare_kits import (
     start_all,
     status_of,
     submission,
+    works,
 )
 from tests.flare_parties import ROI, SPACING, Parties, parties, wait_for, write_hospitals
 
@@ -123,18 +124,21 @@ def test_a_run_survives_the_death_of_every_party_and_charges_each_query_once(tmp
     write_hospitals(tmp_path, NAMES, privacy={"south": GRADIENT.format(releases=400)})
     kits = make_kits(tmp_path)
     start_all(started, kits)
-    rounds = 40
-    started.start("submit", submission(kits, "hard", rounds=rounds, quorum=2, grace=2, checkpoint_every=10))
+    rounds, saved = 100, 20  # at an interval that leaves time to interfere
+    words = submission(kits, "hard", rounds=rounds, quorum=2, grace=2, checkpoint_every=saved, interval=0.4)
+    started.start("submit", words)
 
     def past(number: int) -> None:
         wait_for(f"round {number}", lambda: reached(kits, "hard", number), timeout_s=10 * PATIENCE_S, every_s=0.5)
+
+    def under_way(segment: int) -> None:
+        wait_for(f"segment {segment}", lambda: works(kits, "hard", segment), timeout_s=10 * PATIENCE_S)
 
     past(4)
     started.kill("north")  # a hospital loses power
     past(6)
     started.start("north", fediod("federation", "site", kits / "north"))
-    wait_for("north to be back", lambda: len(record(kits, "hard")["segments"]) >= 2, timeout_s=10 * PATIENCE_S)
-    past(9)
+    under_way(2)  # north is back
 
     west = started.job_process("west")  # a hospital that answers after the timeout
     os.kill(west, signal.SIGSTOP)
@@ -144,10 +148,12 @@ def test_a_run_survives_the_death_of_every_party_and_charges_each_query_once(tmp
 
     segments = len(record(kits, "hard")["segments"])
     os.kill(started.job_process("south"), signal.SIGKILL)  # a job's process dies; the engine ends the job
-    wait_for("a new segment", lambda: len(record(kits, "hard")["segments"]) > segments, timeout_s=10 * PATIENCE_S)
+    under_way(segments + 1)
     before = record(kits, "hard")["furthest"]
     past(before + 3)
 
+    # halfway between two checkpoints, which drop the trips before them
+    wait_for("a trip to lose", lambda: 7 <= record(kits, "hard")["furthest"] % saved <= 12, timeout_s=PATIENCE_S)
     started.kill("server")  # the centre loses power, and with it the last trip's end: the hospitals are asked again
     trips = sorted((kits / "server" / "runs" / "hard" / "journal").glob("*/ended.json"))
     repeated = trips[-1].parent.name
