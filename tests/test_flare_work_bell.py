@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from types import SimpleNamespace
+
+import pytest
 
 from fediod_med.federation.flare.work_bell import WorkBell, hold_requests
 
@@ -51,3 +54,14 @@ def test_a_request_without_work_reaches_the_engine_after_the_hold_and_gets_its_a
     """The engine may have something to say without a task: that the run is over, or a task whose reply was lost."""
     held = hold_requests(lambda _client, _context: ("__end_run__", "", None), WorkBell(hold_s=0.01))
     assert held(NORTH, None) == ("__end_run__", "", None)
+
+
+def test_the_engine_still_answers_requests_where_they_are_held() -> None:
+    """Otherwise the controller only warns, and every trip waits as long as the hospitals' interval."""
+    pytest.importorskip("nvflare", reason="the extra `federation` is not installed")
+    from nvflare.private.fed.server.server_commands import GetTaskCommand
+    from nvflare.private.fed.server.server_runner import ServerRunner
+
+    assert list(inspect.signature(ServerRunner.process_task_request).parameters) == ["self", "client", "fl_ctx"]
+    code = GetTaskCommand.process.__code__
+    assert {"process_task_request", "RUNNER"} <= set(code.co_names)
