@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,9 +13,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,7 +58,18 @@ def started(tmp_path: Path) -> Iterator[Parties]:
 
 
 def embedded_student(root: Path, out: Path, run: str, rounds: int) -> dict[str, torch.Tensor]:
-    """The same run with all hospitals in this process, on one thread as the engine's processes have."""
+    """The same run with all hospitals in one process, a fresh one with one thread, as the engine's processes have.
+
+    Setting the number of threads in this process is too late: sums would be rounded otherwise than in the engine's.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            weights = fresh.submit(_embedded_student, root, out, run, rounds).result()
+    return {name: torch.from_numpy(values) for name, values in weights.items()}
+
+
+def _embedded_student(root: Path, out: Path, run: str, rounds: int) -> dict[str, np.ndarray]:
     settings = read_settings(
         {
             "run_id": run,
@@ -83,15 +97,9 @@ def embedded_student(root: Path, out: Path, run: str, rounds: int) -> dict[str, 
                 on_step=lambda _a, _b: None,
             )
         )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        federation = open_federation(opened, out=out, seed=0, run_id=run, device=torch.device("cpu"), adversarial=True)
-        state = run_rounds(federation, settings, folder=out, device="cpu", on_round=lambda _record: None)
-    finally:
-        torch.set_num_threads(threads)
-    weights: dict[str, torch.Tensor] = state.student_average.module.state_dict()
-    return weights
+    federation = open_federation(opened, out=out, seed=0, run_id=run, device=torch.device("cpu"), adversarial=True)
+    state = run_rounds(federation, settings, folder=out, device="cpu", on_round=lambda _record: None)
+    return {name: tensor.numpy() for name, tensor in state.student_average.module.state_dict().items()}
 
 
 def test_five_rounds_over_mutual_tls_equal_the_embedded_federation(tmp_path: Path, started: Parties) -> None:
