@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from fediod_med.checkpoints import write_atomically
+from fediod_med.durable import write_atomically
 from fediod_med.errors import InputError
 
 DPI = 150

@@ -23,13 +23,14 @@ from monai.data import MetaTensor
 from nibabel.affines import voxel_sizes
 from torch import Tensor, nn
 
-from fediod_med.checkpoints import Provenance, load_segmenter, write_atomically
+from fediod_med.checkpoints import Provenance, load_segmenter
 from fediod_med.data.layouts import Subject
 from fediod_med.data.nifti import read_subject
 from fediod_med.data.partitions import patient_id
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.data.transforms import preprocessing
 from fediod_med.devices import pick_device
+from fediod_med.durable import write_atomically
 from fediod_med.errors import InputError, SettingsError
 from fediod_med.inference import default_roi, predict_probabilities
 from fediod_med.labels import CLASSES, SEQUENCES

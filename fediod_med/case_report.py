@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from fediod_med import __version__
-from fediod_med.checkpoints import Provenance, write_atomically
+from fediod_med.checkpoints import Provenance
+from fediod_med.durable import write_atomically
 from fediod_med.errors import InputError
 from fediod_med.findings import Finding, Severity
 from fediod_med.labels import REGIONS

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fediod_med import __version__
-from fediod_med.durable import write_atomically as write_atomically  # known here to its many users
+from fediod_med.durable import write_atomically
 from fediod_med.errors import SettingsError, WeightsError
 from fediod_med.labels import SEQUENCES
 from fediod_med.networks import build_segmenter

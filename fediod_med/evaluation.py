@@ -22,9 +22,9 @@ import nibabel as nib
 import numpy as np
 from nibabel.affines import voxel_sizes
 
-from fediod_med.checkpoints import write_atomically
 from fediod_med.data.layouts import Subject, find_subjects
 from fediod_med.data.nifti import read_label
+from fediod_med.durable import write_atomically
 from fediod_med.errors import GeometryError, InputError, SettingsError
 from fediod_med.labels import REGIONS, SEQUENCES, LabelScheme
 from fediod_med.lesionwise import LESIONWISE_POLICY, LesionwiseScore, lesionwise_scores

@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fediod_med.checkpoints import Provenance, load_segmenter, save_weights, write_atomically
+from fediod_med.checkpoints import Provenance, load_segmenter, save_weights
+from fediod_med.durable import write_atomically
 from fediod_med.errors import SettingsError, WeightsError
 from fediod_med.inference import privacy_banner, privacy_terms
 from fediod_med.labels import REGIONS

@@ -22,11 +22,12 @@ from nibabel.orientations import aff2axcodes
 from scipy import ndimage
 from torch import Tensor, nn
 
-from fediod_med.checkpoints import Provenance, write_atomically
+from fediod_med.checkpoints import Provenance
 from fediod_med.data.layouts import Subject, find_cases
 from fediod_med.data.nifti import Volume, read_subject, write_segmentation
 from fediod_med.data.transforms import normalise, to_native, to_working_grid
 from fediod_med.devices import autocast_over
+from fediod_med.durable import write_atomically
 from fediod_med.labels import CLASSES, LabelScheme, get_scheme, region_masks
 from fediod_med.metrics import bounding_box
 from fediod_med.resources import NOT_FOR_CLINICAL_USE

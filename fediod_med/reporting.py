@@ -24,7 +24,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from rich.table import Table
 
-from fediod_med.checkpoints import write_atomically
+from fediod_med.durable import write_atomically
 from fediod_med.errors import InputError
 from fediod_med.labels import CLASSES, REGIONS, SEQUENCES
 from fediod_med.metrics import ABSENT_REGION_POLICY, bounding_box

@@ -25,13 +25,7 @@ from fediod_med.baselines import (
     prepare,
     weights_path,
 )
-from fediod_med.checkpoints import (
-    Provenance,
-    current_commit,
-    load_segmenter,
-    save_weights,
-    write_atomically,
-)
+from fediod_med.checkpoints import Provenance, current_commit, load_segmenter, save_weights
 from fediod_med.data.layouts import Subject
 from fediod_med.data.nifti import read_label, read_subject
 from fediod_med.data.phantoms import Grid, Profile, hospital_profiles, write_cohort
@@ -41,6 +35,7 @@ from fediod_med.distillation.loop import distill
 from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule
 from fediod_med.distillation.state import DistillationState
 from fediod_med.distillation.volumes import asked_volumes, final_volumes
+from fediod_med.durable import write_atomically
 from fediod_med.errors import InputError, SettingsError
 from fediod_med.evaluation import SubjectScore, evaluate_predictor, paired_difference, summarise, write_scores
 from fediod_med.export import write_central_bundle
@@ -70,6 +65,7 @@ from fediod_med.teacher import warm_start
 logger = logging.getLogger(__name__)
 
 MODES = ("conditional", "unconditional")
+STUDENT_RUN, PHANTOMS_RUN = "student", "kd-phantoms"
 SYNTHETIC_VOLUMES = 4
 
 
@@ -335,9 +331,6 @@ def assist_distillation(workers: Workers, *, device: str = "auto") -> None:
     for name in (STUDENT_RUN, PHANTOMS_RUN) if plan.compare else (STUDENT_RUN,):
         distill(None, **plan.arguments(name, sampler), device=pick_device(device), workers=workers)
     workers.leave()
-
-
-STUDENT_RUN, PHANTOMS_RUN = "student", "kd-phantoms"
 
 
 @dataclass(frozen=True)

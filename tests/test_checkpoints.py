@@ -21,8 +21,8 @@ from fediod_med.checkpoints import (
     read_provenance,
     save_state,
     save_weights,
-    write_atomically,
 )
+from fediod_med.durable import write_atomically
 from fediod_med.errors import WeightsError
 from fediod_med.networks import BACKBONES, build_segmenter
 

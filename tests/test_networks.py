@@ -201,3 +201,17 @@ def test_one_hot_is_torchs_own_in_values_and_in_memory(shape: tuple[int, ...], d
 def test_one_hot_refuses_a_class_that_does_not_exist() -> None:
     with pytest.raises(RuntimeError):
         one_hot(torch.tensor([0, 4]), 4)
+
+
+def test_a_correction_has_no_checkerboard() -> None:
+    """On equal labels and no texture a correction is smooth; a strided transposed convolution fails this by far."""
+    torch.manual_seed(0)
+    generator = Generator("conditional", size=32).eval()
+    torch.nn.init.normal_(generator.head.weight, std=0.1)
+    labels = one_hot(torch.ones((1, 32, 32, 32), dtype=torch.long), 7)
+    with torch.no_grad():
+        x = generator(torch.randn(1, 32), labels, torch.zeros(1, 4, 32, 32, 32))[..., 4:-4, 4:-4, 4:-4]
+    power = torch.fft.fftn(x - x.mean((2, 3, 4), keepdim=True), dim=(2, 3, 4)).abs().square().sum((0, 1))
+    highest = torch.zeros_like(power, dtype=torch.bool)
+    highest[12], highest[:, 12], highest[:, :, 12] = True, True, True  # of 24 voxels, one up and one down
+    assert power[highest].sum() < 0.1 * power.sum()

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fediod_med.checkpoints import write_atomically
 from fediod_med.comparison.rows import OURS
+from fediod_med.durable import write_atomically
 from fediod_med.reporting import ACCENT, DPI, INK, NEUTRAL
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fediod_med.checkpoints import current_commit, write_atomically
+from fediod_med.checkpoints import current_commit
 from fediod_med.comparison.estimate import estimate
 from fediod_med.comparison.plan import AS_SITES, SHARED, Plan, planned_sites, remember
 from fediod_med.comparison.plots import write_plots
@@ -23,6 +23,7 @@ from fediod_med.comparison.storage import clear_leftovers, read_row
 from fediod_med.comparison.tables import latex, markdown
 from fediod_med.comparison.tasks import all_tasks
 from fediod_med.comparison.tuning import tuning_record
+from fediod_med.durable import write_atomically
 from fediod_med.errors import SettingsError
 from fediod_med.progress import Progress, silent
 from fediod_med.records import run_record, write_json

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from fediod_med.checkpoints import write_atomically
 from fediod_med.data.phantoms import Grid, hospital_profiles, write_cohort
+from fediod_med.durable import write_atomically
 
 CASES = 4
 GRID = Grid((24, 24, 24), 8.0)

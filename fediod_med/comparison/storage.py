@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fediod_med.checkpoints import Provenance, save_weights, write_atomically
+from fediod_med.checkpoints import Provenance, save_weights
 from fediod_med.comparison.cells import Cell
 from fediod_med.data.sampler import PublicSampler
+from fediod_med.durable import write_atomically
 from fediod_med.evaluation import SubjectScore, read_scores, write_scores
 from fediod_med.records import write_json
 from fediod_med.resources import NOT_FOR_CLINICAL_USE

@@ -23,13 +23,11 @@ CLASSES = 4
 REHEARSAL_DRAWS = 20_000_000  # the sampler's draws from here on are the student's own; rounds count from 1
 
 
-def replay_pair(x: Tensor, q: Tensor, public: PublicBatch | None, kept: list[int] | None) -> dict[str, Tensor]:
-    """What the replay buffer keeps of a round, fp16 on the CPU; `kept` numbers the volumes among those drawn."""
+def replay_pair(x: Tensor, q: Tensor, public: PublicBatch | None, chosen: list[int]) -> dict[str, Tensor]:
+    """What the replay buffer keeps of a round, fp16 on the CPU; `chosen` are its volumes among those drawn."""
     pair = {"x": x.detach().half().cpu(), "q": q.detach().half().cpu()}
     if public is not None:
-        pair["classes"] = public.classes.to(torch.uint8)
-    if kept is not None:
-        pair["kept"] = torch.tensor(kept)
+        pair |= {"classes": public.classes.to(torch.uint8), "chosen": torch.tensor(chosen)}
     return pair
 
 

@@ -102,13 +102,13 @@ def distill(
         described = ask(quorum=everyone).ask("describe", 0, {})
         state.counts = torch.stack([described[site]["class_counts"] for site in sites])
 
-    kept = snapshot_rounds(schedule, generator=generator is not None, public=sampler is not None)
+    shown = snapshot_rounds(schedule, generator=generator is not None, public=sampler is not None)
     while state.round < schedule.rounds:
         number = state.round + 1
         random = torch.Generator().manual_seed(seed * 1_000_003 + number)
         drawn = None if sampler is None else sampler.draw(number, schedule.batch * schedule.candidates)
-        kept_volumes = None if drawn is None else hardest(state.student, drawn, schedule, device, workers)
-        public = None if drawn is None or kept_volumes is None else drawn.some(kept_volumes)
+        chosen = [] if drawn is None else hardest(state.student, drawn, schedule, device, workers)
+        public = None if drawn is None else drawn.some(chosen)
         at_checkpoint = number % schedule.checkpoint_every == 0 or number == schedule.rounds
 
         asking = None if is_phantom_round(number, public, schedule.phantom_share) else state.generator
@@ -143,10 +143,10 @@ def distill(
                 state, hospitals, answers, x, made, probs, realism, counts, public, objective, number, weigh, workers
             )
             record |= terms
-        if workers.lead and on_snapshot is not None and number in kept:
+        if workers.lead and on_snapshot is not None and number in shown:
             by_site = dict(zip((sites[index] for index in present), probs, strict=True))
             on_snapshot(take_snapshot(number, x, by_site, q, guess_of(state.student, x), public))
-        state.replay.append(replay_pair(x, q, public, kept_volumes))
+        state.replay.append(replay_pair(x, q, public, chosen))
         record |= student_steps(state, schedule, number, sampler, random, device, workers)
         state.history.append(record)
         state.round = number

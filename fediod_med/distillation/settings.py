@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from fediod_med.data.sampler import PublicBatch, PublicSampler
 from fediod_med.encodings import ENCODINGS, FP16
 from fediod_med.errors import SettingsError
-from fediod_med.losses import (
-    DIVERGENCES,
-)
+from fediod_med.losses import DIVERGENCES
 from fediod_med.networks import Generator
 
 

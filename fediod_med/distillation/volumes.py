@@ -80,7 +80,7 @@ def asked_volumes(
         pair = state.replay[number - oldest - 1]
         x, drawn = pair["x"].float(), None
         if sampler is not None:
-            drawn = sampler.draw(number, schedule.batch * schedule.candidates).some(pair["kept"].tolist())
+            drawn = sampler.draw(number, schedule.batch * schedule.candidates).some(pair["chosen"].tolist())
         for index in range(len(x)):
             if len(chosen) == count:
                 break

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fediod_med.checkpoints import current_commit, write_atomically
+from fediod_med.checkpoints import current_commit
+from fediod_med.durable import write_atomically
 from fediod_med.errors import SettingsError
 from fediod_med.evaluation import RESAMPLES, bootstrap_interval
 from fediod_med.progress import Progress

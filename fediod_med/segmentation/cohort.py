@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fediod_med.checkpoints import current_commit, write_atomically
+from fediod_med.checkpoints import current_commit
+from fediod_med.durable import write_atomically
 from fediod_med.errors import FediodError, SettingsError
 from fediod_med.findings import Finding, RefusedInput, Severity
 from fediod_med.inference import privacy_banner
