@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from fediod_med.losses import entropy_map
+from fediod_med.losses import entropy_map, soft_dice, transfer_divergence
 
 REALISM_FLOOR = 0.05  # a saturated discriminator may not silence a hospital
+PROBABILITY_FLOOR = 1e-6  # of a mixture, before its logarithm
 
 
 def class_ratio_weights(counts: Tensor, *, dense: bool = True) -> Tensor:
@@ -87,6 +88,32 @@ def competence_weights(dice: Tensor, temperature: float) -> Tensor:
     return torch.exp((dice - dice.amax(dim=0)) / temperature)
 
 
+def learn_weights(log_weights: Tensor, probs: Tensor, classes: Tensor, counts: Tensor, *, step: float) -> Tensor:
+    """One gradient step on the logarithms of the hospitals' weights, where the truth is public.
+
+    The loss is the student's own, `-log q_m + soft Dice(q, m)`, with the mixture q in the student's place. Learning the
+    weights of an ensemble follows Co-Boosting (Dai et al. 2024, arXiv 2402.15070), which has no truth and uses labels
+    of its generator.
+
+    Args:
+        log_weights: `(K, C)`, start at 0.
+        probs: `(K, B, C, ...)` answers about phantoms.
+        classes: `(B, ...)` integers, their truth.
+        counts: `(K, C)`, see `class_ratio_weights`; they stay a factor of the weights.
+        step: size of the step.
+
+    Returns:
+        `(K, C)`, mean 0 over hospitals, for `merge(..., competence=result.exp())`.
+    """
+    theta = log_weights.detach().clone().requires_grad_(True)
+    truth = one_hot(classes.long(), probs.shape[2]).movedim(-1, 1).to(probs)
+    q = merge(probs.detach(), counts, competence=theta.exp())
+    loss = transfer_divergence(truth, q.clamp_min(PROBABILITY_FLOOR).log()) + soft_dice(q, truth)
+    (gradient,) = torch.autograd.grad(loss, theta)
+    moved = log_weights - step * gradient.to(log_weights)
+    return moved - moved.mean(dim=0)
+
+
 def merge(
     probs: Tensor,
     counts: Tensor,
@@ -102,7 +129,7 @@ def merge(
         counts: `(K, C)`, see `class_ratio_weights`.
         realism: `(K, B)` mean patch logits; omitted: no discriminator confidence.
         entropy_temperature: tau in nats; omitted: no voxel confidence.
-        competence: `(K, C)`, see `competence_weights`; omitted: all alike.
+        competence: `(K, C)`, see `competence_weights` and `learn_weights`; omitted: all alike.
 
     Returns:
         `(B, C, ...)`, summing to 1 over classes.

@@ -20,7 +20,8 @@ from fediod_med.checkpoints import load_state
 from fediod_med.data.phantoms import Grid, load_anatomy
 from fediod_med.data.sampler import PublicBatch, PublicSampler, upright
 from fediod_med.distillation import learning
-from fediod_med.distillation.generating import softmax_pull_back
+from fediod_med.distillation.generating import learn_log_weights, softmax_pull_back
+from fediod_med.distillation.learning import is_held_out
 from fediod_med.distillation.loop import distill
 from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule, snapshot_rounds
 from fediod_med.distillation.state import DistillationState, warmed_average
@@ -30,7 +31,7 @@ from fediod_med.errors import ProtocolError, SettingsError, WeightsError
 from fediod_med.federation.critic import PlainCritic
 from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.node import SiteNode
-from fediod_med.losses import transfer_divergence
+from fediod_med.losses import soft_dice, transfer_divergence
 from fediod_med.networks import Generator, build_segmenter
 from fediod_med.prior import train_prior
 from fediod_med.privacy.gate import Gate
@@ -817,15 +818,18 @@ def test_the_average_of_few_steps_has_forgotten_the_start() -> None:
 
 
 def test_a_run_with_every_addition_resumes_to_the_same_weights(bench: Bench) -> None:
-    schedule = replace(SHORT, rounds=4, phantom_share=0.5, mirrored=True, candidates=3, mixup=True)
-    arguments: dict[str, Any] = {"schedule": schedule, "objective": replace(GeneratorObjective(), entropy=0.2)}
+    additions: dict[str, Any] = {"mirrored": True, "candidates": 3, "mixup": True, "selection": True}
+    schedule = replace(SHORT, rounds=10, phantom_share=0.5, checkpoint_every=3, **additions)
+    objective = replace(GeneratorObjective(), entropy=0.2, learned=1.0)
+    arguments: dict[str, Any] = {"schedule": schedule, "objective": objective}
     whole = bench.distill(**arguments)
     checkpoint = bench.folder / "centre.pt"
     with pytest.raises(InterruptedRunError):
-        bench.distill(**arguments, checkpoint=checkpoint, on_round=interrupt_after(3))
+        bench.distill(**arguments, checkpoint=checkpoint, on_round=interrupt_after(7))
     resumed = bench.distill(**arguments, checkpoint=checkpoint, resume=True)
     assert equal_states(whole, resumed)
-    plain = bench.distill(schedule=replace(SHORT, rounds=4, phantom_share=0.5))
+    assert len(whole.held_out) == 1 and whole.best is not None and whole.log_weights is not None
+    plain = bench.distill(schedule=replace(SHORT, rounds=10, phantom_share=0.5))
     assert not equal_states(whole, plain)
 
 
@@ -851,9 +855,49 @@ def test_asked_volumes_of_a_search_come_with_their_own_phantoms(bench: Bench, sa
     assert torch.equal(x, public.base.half().float())  # a generator that stands still returns the phantom
 
 
+def test_the_selected_student_is_the_one_that_agrees_best_with_answers_it_never_learned_from(bench: Bench) -> None:
+    # So fast, and without an average, that the last student is not the best.
+    schedule = replace(SHORT, rounds=16, phantom_share=0.5, selection=True, student_rate=0.3, ema=0.0)
+    state = bench.distill(schedule=schedule)
+    judged = {int(record["round"]): record["held_out"] for record in state.history if "held_out" in record}
+    assert sorted(judged) == [8, 10, 12, 14, 16]
+    assert state.best is not None and state.best["round"] == min(judged, key=judged.__getitem__) != 16
+    assert len(state.held_out) == 1 and len(state.replay) == min(15, schedule.replay)
+    kept = state.held_out[0]
+    assert all(not torch.equal(kept["x"], pair["x"]) for pair in state.replay)
+    student = state.student_average.module.eval()
+    with torch.no_grad():
+        logits = student(kept["x"].float()).float()
+    target = kept["q"].float()
+    loss = transfer_divergence(target, logits) + soft_dice(torch.softmax(logits, dim=1), target)
+    assert float(loss) == pytest.approx(min(judged.values()), rel=1e-4)
+
+
+def test_what_is_held_out_is_every_fifth_round_of_the_first_half() -> None:
+    schedule = replace(SHORT, rounds=40, selection=True)
+    assert [n for n in range(1, 41) if is_held_out(n, schedule)] == [5, 10, 15, 20]
+    assert not any(is_held_out(n, replace(schedule, selection=False)) for n in range(1, 41))
+
+
+def test_a_hospital_that_did_not_answer_keeps_its_learned_weights(bench: Bench, sampler: PublicSampler) -> None:
+    state = bench.distill(schedule=replace(SHORT, rounds=1))
+    state.log_weights = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.0, 0.0, 0.0, 0.0], [-0.1, -0.2, -0.3, -0.4]])
+    before = state.log_weights.clone()
+    public = sampler.draw(1, 2)
+    probs = torch.rand((2, 2, 4, *public.classes.shape[1:]), generator=torch.Generator().manual_seed(0))
+    probs = probs / probs.sum(dim=2, keepdim=True)
+    learn_log_weights(state, probs, public, torch.ones(2, 4), [0, 2], 3, step=1.0)
+    assert torch.equal(state.log_weights[1], before[1]) and not torch.equal(state.log_weights[0], before[0])
+
+
 @pytest.mark.parametrize(
-    "changes", [{"schedule": replace(SHORT, candidates=0)}, {"objective": replace(GeneratorObjective(), entropy=-1.0)}]
+    "changes",
+    [
+        {"schedule": replace(SHORT, candidates=0)},
+        {"objective": replace(GeneratorObjective(), entropy=-1.0)},
+        {"objective": replace(GeneratorObjective(), learned=-1.0)},
+    ],
 )
 def test_impossible_additions_are_refused(bench: Bench, changes: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError, match=r"candidates|entropy"):
+    with pytest.raises(SettingsError, match=r"candidates|entropy|learned"):
         bench.distill(**changes)

@@ -13,13 +13,14 @@ from fediod_med.ensemble import (
     class_ratio_weights,
     competence_weights,
     entropy_confidence,
+    learn_weights,
     merge,
     mirrored_logits,
     public_dice,
     realism_confidence,
     site_shares,
 )
-from fediod_med.losses import entropy_map
+from fediod_med.losses import entropy_map, soft_dice, transfer_divergence
 
 
 def random_probs(*shape: int, seed: int = 0) -> Tensor:
@@ -149,6 +150,42 @@ def test_a_more_competent_hospital_decides_its_class() -> None:
     assert torch.allclose(merge(probs, counts, competence=torch.ones(2, 4)), merge(probs, counts))
     only_first = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]])
     assert torch.allclose(merge(probs, counts, competence=only_first), probs[0], atol=1e-6)
+
+
+def test_a_learned_step_follows_the_gradient_of_the_students_loss() -> None:
+    torch.manual_seed(0)
+    probs, counts = random_probs(3, 2, 4, 3, 3, 3).double(), torch.tensor([[4.0, 1, 2, 3], [2, 2, 2, 2], [1, 0, 1, 1]])
+    classes = torch.randint(4, (2, 3, 3, 3))
+    truth = torch.nn.functional.one_hot(classes, 4).movedim(-1, 1).double()
+    start = torch.randn(3, 4).double() / 5
+
+    def loss(theta: torch.Tensor) -> float:
+        q = merge(probs, counts, competence=theta.exp())
+        return float(transfer_divergence(truth, q.log()) + soft_dice(q, truth))
+
+    moved = learn_weights(start, probs, classes, counts, step=1.0) - start
+    slopes = torch.zeros(3, 4)
+    for k in range(3):
+        for c in range(4):
+            nudge = torch.zeros(3, 4).double()
+            nudge[k, c] = 1e-3
+            slopes[k, c] = (loss(start + nudge) - loss(start - nudge)) / 2e-3
+    mean_free = -(slopes - slopes.mean(dim=0)) - start.mean(dim=0)
+    assert torch.allclose(moved.float(), mean_free.float(), atol=2e-4)
+
+
+def test_learned_weights_find_the_hospital_that_is_right() -> None:
+    torch.manual_seed(0)
+    classes = torch.randint(4, (2, 4, 4, 4))
+    truth = torch.nn.functional.one_hot(classes, 4).movedim(-1, 1).float()
+    right, vague = 0.9 * truth + 0.025, torch.full_like(truth, 0.25)
+    probs, weights = torch.stack([vague, right, vague]), torch.zeros(3, 4)
+    for _ in range(20):
+        weights = learn_weights(weights, probs, classes, torch.ones(3, 4), step=2.0)
+    assert (weights[1] > weights[0] + 1).all() and torch.allclose(weights[0], weights[2])
+    assert weights.mean(dim=0).abs().max() < 1e-6
+    same = learn_weights(torch.zeros(3, 4), torch.stack([right] * 3), classes, torch.ones(3, 4), step=2.0)
+    assert same.abs().max() < 1e-6
 
 
 def test_a_mirrored_answer_is_the_mean_of_the_answers_to_all_mirror_images() -> None:

@@ -13,7 +13,7 @@ from fediod_med.distillation.asking import Hospitals
 from fediod_med.distillation.learning import guess_of
 from fediod_med.distillation.settings import GeneratorObjective, Schedule
 from fediod_med.distillation.state import DistillationState
-from fediod_med.ensemble import competence_weights, public_dice, site_shares
+from fediod_med.ensemble import competence_weights, learn_weights, public_dice, site_shares
 from fediod_med.losses import (
     DIVERGENCES,
     class_balance,
@@ -92,11 +92,37 @@ def learn_competence(
     )
 
 
+def learn_log_weights(
+    state: DistillationState,
+    probs: Tensor,
+    public: PublicBatch,
+    counts: Tensor,
+    present: list[int],
+    everyone: int,
+    *,
+    step: float,
+) -> None:
+    """A step of the learned weights of the hospitals that answered; the others keep theirs."""
+    if state.log_weights is None:
+        state.log_weights = torch.zeros(everyone, probs.shape[2])
+    before = state.log_weights[present].to(probs.device)
+    classes = public.classes.to(probs.device)
+    state.log_weights[present] = learn_weights(before, probs, classes, counts, step=step).cpu()
+
+
 def competence_of(state: DistillationState, objective: GeneratorObjective, present: list[int]) -> Tensor | None:
-    """Weights `(K, C)` of the answering hospitals; none before each of them has answered about a phantom."""
-    if not objective.competence or state.dice is None or bool(state.dice[present].isnan().any()):
-        return None
-    return competence_weights(state.dice[present], objective.competence)
+    """Weights `(K, C)` of the answering hospitals by their Dice on phantoms, as learned there, or both multiplied.
+
+    None before each of them has answered about a phantom.
+    """
+    measured = learned = None
+    if objective.competence and state.dice is not None and not bool(state.dice[present].isnan().any()):
+        measured = competence_weights(state.dice[present], objective.competence)
+    if objective.learned and state.log_weights is not None:
+        learned = state.log_weights[present].exp()
+    if measured is None or learned is None:
+        return learned if measured is None else measured
+    return measured * learned
 
 
 def generator_step(

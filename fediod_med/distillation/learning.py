@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from fediod_med.networks import one_hot
 from fediod_med.parallel import Workers
 
 CLASSES = 4
+HELD_OUT_EVERY = 5  # rounds
 REHEARSAL_DRAWS = 20_000_000  # the sampler's draws from here on are the student's own; rounds count from 1
 
 
@@ -29,6 +31,56 @@ def replay_pair(x: Tensor, q: Tensor, public: PublicBatch | None, chosen: list[i
     if public is not None:
         pair |= {"classes": public.classes.to(torch.uint8), "chosen": torch.tensor(chosen)}
     return pair
+
+
+def is_held_out(number: int, schedule: Schedule) -> bool:
+    """Whether the pair of a round is kept out of the replay buffer, to select the student by.
+
+    Every fifth round of the first half: all candidates of the second half are judged by the same set.
+    """
+    return schedule.selection and number % HELD_OUT_EVERY == 0 and 2 * number <= schedule.rounds
+
+
+def consider(
+    state: DistillationState, schedule: Schedule, number: int, device: torch.device, workers: Workers
+) -> dict[str, float]:
+    """Judge the averaged student by the pairs held out, at every eighth of the run from the half on; keep the best.
+
+    The loss is that of its training, `KL(q || S) + soft Dice(S, q)`, mean over the pairs. Nothing is judged where
+    nothing was held out, as in runs of fewer than ten rounds.
+    """
+    eighth = max(1, schedule.rounds // 8)
+    due = number == schedule.rounds or (2 * number >= schedule.rounds and number % eighth == 0)
+    if not state.held_out or not due:
+        return {}
+    loss = workers.led(partial(_held_out_loss, state, device))
+    if state.best is None or loss < state.best["loss"]:
+        weights = {name: t.detach().cpu().clone() for name, t in state.student_average.module.state_dict().items()}
+        state.best = {"loss": loss, "round": number, "weights": weights}
+    return {"held_out": loss}
+
+
+def take_best(state: DistillationState) -> None:
+    """Make the selected student the result; without a selection the last one stays."""
+    if state.best is not None:
+        state.student_average.module.load_state_dict(state.best["weights"])
+
+
+def _held_out_loss(state: DistillationState, device: torch.device) -> float:
+    student = state.student_average.module.eval()
+    losses = []
+    for pair in state.held_out:
+        x, target = pair["x"].to(device).float(), pair["q"].to(device).float()
+        with torch.no_grad(), autocast_over(x.device, x.shape[2:]):
+            logits = student(x).float()
+        losses.append(_agreement_loss(logits, target))
+    return float(torch.stack(losses).mean())
+
+
+def _agreement_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """`KL(q || S)`, and for voxels soft Dice besides; both `(B, C, ...)`."""
+    loss = transfer_divergence(target, logits)
+    return loss + soft_dice(torch.softmax(logits, dim=1), target) if target.dim() > 2 else loss
 
 
 def student_steps(
@@ -77,9 +129,7 @@ def student_steps(
             guess = state.student(x[own])
         guess = guess.float()
         logits = workers.gather(guess, len(target), device).requires_grad_(True)
-        loss = transfer_divergence(target, logits)
-        if dense:
-            loss = loss + soft_dice(torch.softmax(logits, dim=1), target)
+        loss = _agreement_loss(logits, target)
         (gradient,) = torch.autograd.grad(loss, logits)
         state.student_optimizer.zero_grad(set_to_none=True)
         guess.backward(gradient=gradient[own])

@@ -12,8 +12,15 @@ from torch import nn
 from fediod_med.checkpoints import save_state
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.distillation.asking import Hospitals, site_names, stack_answers
-from fediod_med.distillation.generating import competence_of, generator_step, hardest, learn_competence, synthesise
-from fediod_med.distillation.learning import guess_of, replay_pair, student_steps
+from fediod_med.distillation.generating import (
+    competence_of,
+    generator_step,
+    hardest,
+    learn_competence,
+    learn_log_weights,
+    synthesise,
+)
+from fediod_med.distillation.learning import consider, guess_of, is_held_out, replay_pair, student_steps, take_best
 from fediod_med.distillation.settings import (
     GeneratorObjective,
     Schedule,
@@ -129,6 +136,8 @@ def distill(
         present = [index for index, site in enumerate(sites) if site in answers]
         if asking is None and public is not None:
             learn_competence(state, probs, public, present, everyone)
+            if objective.learned:
+                learn_log_weights(state, probs, public, counts, present, everyone, step=objective.learned)
         weigh = partial(
             merge,
             counts=counts,
@@ -146,12 +155,15 @@ def distill(
         if workers.lead and on_snapshot is not None and number in shown:
             by_site = dict(zip((sites[index] for index in present), probs, strict=True))
             on_snapshot(take_snapshot(number, x, by_site, q, guess_of(state.student, x), public))
-        state.replay.append(replay_pair(x, q, public, chosen))
+        pair = replay_pair(x, q, public, chosen)
+        (state.held_out if is_held_out(number, schedule) else state.replay).append(pair)
         record |= student_steps(state, schedule, number, sampler, random, device, workers)
+        record |= consider(state, schedule, number, device, workers)
         state.history.append(record)
         state.round = number
         if workers.lead and at_checkpoint and checkpoint is not None:
             save_state(checkpoint, state.state_dict())
         if workers.lead and on_round is not None:
             on_round(record)
+    take_best(state)
     return state

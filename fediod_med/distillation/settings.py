@@ -28,6 +28,8 @@ class GeneratorObjective:
         realism_weights: whether the ensemble weighs hospitals by their discriminator's confidence.
         competence: temperature of the weights by Dice on phantoms whose truth is public; 0: no such weights.
         entropy: temperature, nats, of the weights by how sure a hospital is of each voxel; 0: no such weights.
+        learned: step size of weights per hospital and class that are learned on phantoms whose truth is public
+            (`ensemble.learn_weights`); 0: no such weights.
     """
 
     gan: float = 1.0
@@ -40,6 +42,7 @@ class GeneratorObjective:
     realism_weights: bool = True
     competence: float = 0.05
     entropy: float = 0.0
+    learned: float = 0.0
 
     @property
     def needs_discriminators(self) -> bool:
@@ -89,6 +92,8 @@ class Schedule:
             is public, and the search asks nobody.
         mixup: whether the volumes of a student batch are mixed pairwise with their targets (Zhang et al. 2018, arXiv
             1710.09412, alpha 1).
+        selection: whether the student is the one of several late ones that agrees best with answers kept out of the
+            replay buffer (`learning.is_held_out`), instead of the last. No private data and no further answer is used.
     """
 
     rounds: int = 120
@@ -107,6 +112,7 @@ class Schedule:
     mirrored: bool = False
     candidates: int = 1
     mixup: bool = False
+    selection: bool = False
 
 
 def generator_rounds(schedule: Schedule) -> int:
@@ -148,8 +154,11 @@ def check_settings(
         raise SettingsError(
             f"distillation: expected batch, replay, checkpoint_every and candidates of 1 or more, found {schedule}"
         )
-    if objective.entropy < 0:
-        raise SettingsError(f"distillation: expected an entropy temperature of 0 or more, found {objective.entropy}")
+    if min(objective.entropy, objective.learned) < 0:
+        raise SettingsError(
+            f"distillation: expected an entropy temperature and a learned step of 0 or more, found {objective.entropy} "
+            f"and {objective.learned}"
+        )
     if schedule.rehearsal < 0 or round(schedule.rehearsal * schedule.student_batch) >= schedule.student_batch:
         raise SettingsError(
             f"distillation: expected a rehearsal that leaves at least one of {schedule.student_batch} volumes of a "

@@ -35,6 +35,9 @@ class DistillationState:
     replay: deque[dict[str, Tensor]]
     counts: Tensor | None = None
     dice: Tensor | None = None  # (K, C), running mean of the teachers' Dice on phantoms
+    log_weights: Tensor | None = None  # (K, C), learned on phantoms
+    held_out: list[dict[str, Tensor]] = field(default_factory=list)  # pairs that the student does not learn from
+    best: dict[str, Any] | None = None  # the selected student: its loss on them, its round, its weights
     round: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -47,6 +50,9 @@ class DistillationState:
             "replay": list(self.replay),
             "counts": self.counts,
             "dice": self.dice,
+            "log_weights": self.log_weights,
+            "held_out": self.held_out,
+            "best": self.best,
             "round": self.round,
             "history": self.history,
         }
@@ -77,6 +83,9 @@ class DistillationState:
         self.replay.extend(state["replay"])
         self.counts = state["counts"]
         self.dice = state["dice"]
+        self.log_weights = state["log_weights"]
+        self.held_out = state["held_out"]
+        self.best = state["best"]
         self.round = state["round"]
         self.history = state["history"]
 
