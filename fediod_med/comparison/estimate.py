@@ -68,6 +68,8 @@ def task_passes(plan: Plan, task: Task) -> float:
         exchange *= row.schedule.batch * hospitals
         if row.schedule.candidates > 1:
             exchange += ANSWER_PASSES * profile.rounds * row.schedule.batch * row.schedule.candidates
+        if row.generations > 1:
+            exchange += local
         return exchange + profile.rounds * profile.student_steps * row.schedule.student_batch + scans
     return scans
 

@@ -23,7 +23,7 @@ ENSEMBLES = (
 AVERAGING = ("fedavg", "fedavg_tuned", "fedprox", "fedprox_tuned")
 PARTS = ("gan", "clarity", "unique", "mask", "transfer", "realism", "competence", "rehearsal", "phantoms")
 """What `ours` is run without, one part at a time; without its generator it is the row `kd_phantoms`."""
-ADDITIONS = ("mirrors", "entropy", "search", "mixup")
+ADDITIONS = ("mirrors", "entropy", "search", "mixup", "learned", "selection", "generations")
 """What `ours` is run with beyond its defaults, one at a time; a part becomes a default only if this table says so."""
 DISTILLED = (
     "kd_phantoms",
@@ -102,6 +102,9 @@ _ADDITION_WORDS = {
     "entropy": "voxel entropy in the ensemble's weights",
     "search": "a search for volumes on which the student errs",
     "mixup": "mixup of the student's batches",
+    "learned": "ensemble weights learned on phantoms",
+    "selection": "a student selected by answers held out",
+    "generations": "teachers that train on from the student, three generations",
 }
 
 

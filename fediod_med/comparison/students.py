@@ -28,6 +28,8 @@ from fediod_med.teacher import warm_start
 
 NOISE_VOLUMES = 64
 NOISE_SMOOTHING = 2.0  # voxels
+LEARNED_STEP = 2.0  # over 30 phantom rounds weights can then part about as far as those by Dice on phantoms
+GENERATIONS = 3
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Recipe:
         generator: `conditional`, `unconditional`, or none.
         volumes: `phantoms`, `noise` or `scans` (the hospitals' own), what the centre asks about.
         teachers: whether the hospitals' teachers are asked.
+        generations: how often teachers are trained; see `generations.distil_generations`.
     """
 
     objective: GeneratorObjective
@@ -47,6 +50,7 @@ class Recipe:
     generator: str | None = "conditional"
     volumes: str = "phantoms"
     teachers: bool = True
+    generations: int = 1
 
 
 @dataclass(frozen=True)
@@ -116,9 +120,10 @@ def distil_row(
     roi: int,
     seed: int,
     device: torch.device,
+    start: nn.Module | None = None,
     on_round: Callable[[int, int], None] | None = None,
 ) -> Distilled:
-    """Train the student of one row, from the public prior.
+    """Train the student of one row.
 
     Args:
         row: see `recipe`.
@@ -128,6 +133,7 @@ def distil_row(
         roi: edge of a synthetic volume, voxels.
         seed: of everything at the centre and of the discriminators.
         device: where centre and hospitals compute.
+        start: what the student starts from; the public prior when omitted.
         on_round: receives (round, rounds).
     """
     if not row.teachers:
@@ -135,7 +141,11 @@ def distil_row(
     torch.manual_seed(seed)
     generator = None if row.generator is None else Generator(row.generator, size=roi)
     torch.manual_seed(seed)
-    student = warm_start(build_segmenter(**STUDENT), init="auto", spec=STUDENT)
+    student = build_segmenter(**STUDENT)
+    if start is None:
+        student = warm_start(student, init="auto", spec=STUDENT)
+    else:
+        student.load_state_dict(start.state_dict())
     run_id = f"compare-{seed}-{key}".replace("_", "-")
 
     def report(record: Any) -> None:
@@ -245,7 +255,18 @@ def _without(ours: Recipe, part: str) -> Recipe:
 
 def _with(ours: Recipe, part: str) -> Recipe:
     """`ours` with one part added; each at one setting, fixed before any score of it was seen."""
-    if part == "entropy":
-        return dataclasses.replace(ours, objective=dataclasses.replace(ours.objective, entropy=ENTROPY_TEMPERATURE))
-    changed: dict[str, Any] = {"mirrors": {"mirrored": True}, "search": {"candidates": 4}, "mixup": {"mixup": True}}
+    if part == "generations":
+        return dataclasses.replace(ours, generations=min(GENERATIONS, ours.schedule.rounds))
+    terms: dict[str, Any] = {
+        "entropy": {"entropy": ENTROPY_TEMPERATURE},
+        "learned": {"learned": LEARNED_STEP, "competence": 0.0},
+    }
+    if part in terms:
+        return dataclasses.replace(ours, objective=dataclasses.replace(ours.objective, **terms[part]))
+    changed: dict[str, Any] = {
+        "mirrors": {"mirrored": True},
+        "search": {"candidates": 4},
+        "mixup": {"mixup": True},
+        "selection": {"selection": True},
+    }
     return dataclasses.replace(ours, schedule=dataclasses.replace(ours.schedule, **changed[part]))

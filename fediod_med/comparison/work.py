@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from fediod_med.comparison.averaging import AveragingPlan, federated_average, se
 from fediod_med.comparison.bench import Bench, pool_seed
 from fediod_med.comparison.cells import Cell
 from fediod_med.comparison.ensembles import ensemble_maps
-from fediod_med.comparison.local import open_client
+from fediod_med.comparison.generations import distil_generations
+from fediod_med.comparison.local import HospitalClient, open_client
 from fediod_med.comparison.plan import Plan, with_shared_network
 from fediod_med.comparison.rows import AVERAGING, SITE
 from fediod_med.comparison.storage import is_done, pool_path, read_row, row_folder, write_pool
@@ -144,11 +146,14 @@ def _averaging(bench: Bench, key: str) -> None:
 
 
 def _average(bench: Bench, parts: Sequence[tuple[Site, Sequence[Subject]]], setting: AveragingPlan) -> nn.Module:
-    clients = {
+    return federated_average(bench.start(), _clients(bench, parts), setting)
+
+
+def _clients(bench: Bench, parts: Sequence[tuple[Site, Sequence[Subject]]]) -> dict[str, HospitalClient]:
+    return {
         site.site_name: open_client(with_shared_network(site), subjects, public=bench.sampler, device=bench.device)
         for site, subjects in parts
     }
-    return federated_average(bench.start(), clients, setting)
 
 
 def _same_as(bench: Bench, key: str, other: str, selected: str) -> None:
@@ -214,10 +219,14 @@ def _lookup(maps: Mapping[str, np.ndarray]) -> Callable[[Subject], np.ndarray]:
 
 def _distilled(bench: Bench, key: str) -> None:
     row = recipe(key, bench.plan.profile)
-    found = distil_row(
+    train = distil_row
+    if row.generations > 1:
+        clients = _clients(bench, [(site, site.subjects()[0]) for site in bench.sites])
+        train = partial(distil_generations, clients=clients, start=bench.start())
+    found = train(
         row,
         bench.hospitals,
-        bench.sampler,
+        sampler=bench.sampler,
         key=key,
         roi=bench.plan.profile.roi,
         seed=bench.cell.seed,

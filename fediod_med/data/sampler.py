@@ -5,6 +5,7 @@ Everything is fixed by seeds, so that an interrupted run draws what the uninterr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Self
@@ -148,6 +149,12 @@ class PublicSampler:
 
     def _hold(self, images: list[Tensor], tissues: list[Tensor], *, roi: int, seed: int) -> None:
         self._images, self._tissues, self._roi, self._seed = images, tissues, roi, seed
+
+    def reseeded(self, offset: int) -> PublicSampler:
+        """The same pool and other draws: their seed moves by `offset`; 0 draws the same."""
+        other = copy.copy(self)
+        other._seed = self._seed + offset
+        return other
 
     def __len__(self) -> int:
         """Phantoms in the pool."""
