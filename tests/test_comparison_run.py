@@ -187,7 +187,7 @@ def test_killed_with_its_workers_and_resumed_it_gives_the_same_rows(finished, si
 
 @pytest.mark.slow
 def test_every_row_runs_in_worker_processes(sites, tmp_path) -> None:
-    plan = make_plan(sites, out=tmp_path / "out", profile=SMOKE, folds=2, seeds=[0], data_name="phantoms")
+    plan = make_plan(sites, out=tmp_path / "out", profile=SMOKE, folds=2, seeds=[0], rows=["*"], data_name="phantoms")
     result = run_comparison(plan, device="cpu", jobs=2)
     assert result.failed == {}
     assert set(result.results["rows"]) == set(all_rows(plan.site_names))

@@ -639,7 +639,7 @@ def test_two_workers_share_a_gpu_and_finish_every_row(tmp_path: Path) -> None:
     sites = load_sites(write_smoke_sites(tmp_path))
     assert worker_devices("cuda", 2) == [f"cuda:{n % torch.cuda.device_count()}" for n in range(2)]
     plan = make_plan(
-        sites, out=tmp_path / "out", profile=get_profile("smoke"), folds=2, seeds=[0], data_name="phantoms"
+        sites, out=tmp_path / "out", profile=get_profile("smoke"), folds=2, seeds=[0], rows=["*"], data_name="phantoms"
     )
     result = run_comparison(plan, device="cuda", jobs=2)
     assert result.failed == {}

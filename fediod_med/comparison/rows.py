@@ -130,14 +130,16 @@ def all_rows(site_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def chosen_rows(patterns: Sequence[str], site_names: Sequence[str]) -> tuple[str, ...]:
-    """Rows that match any of the patterns (`ours*`, `site:*`), in their usual order; all of them without a pattern.
+    """Rows that match any of the patterns (`ours*`, `site:*`), in their usual order.
+
+    Without a pattern the comparison itself: all of them but the additions to `ours`, which are asked for by name.
 
     Raises:
         SettingsError: a pattern matches nothing.
     """
     known = all_rows(site_names)
     if not patterns:
-        return known
+        return tuple(row for row in known if not row.startswith(WITH))
     wanted = [ALIASES.get(pattern, pattern) for pattern in patterns]
     for pattern in wanted:
         if not any(fnmatchcase(row, pattern) for row in known):
