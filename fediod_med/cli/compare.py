@@ -22,7 +22,9 @@ def compare(
     profile: Annotated[str, typer.Option(help="cpu (4 mm), gpu (1 mm) or smoke (phantoms, meaningless).")] = "cpu",
     folds: Annotated[int, typer.Option(min=2, help="Each patient is tested once per seed.")] = 3,
     seeds: Annotated[str, typer.Option(help="Repetitions, such as '0 1 2'.")] = "0 1 2",
-    rows: Annotated[str, typer.Option(help="Rows or patterns, such as 'ours* fedavg site:*'; all but ours_with_* when empty.")] = "",
+    rows: Annotated[
+        str, typer.Option(help="Rows or patterns, such as 'ours* fedavg site:*'; all but ours_with_* when empty.")
+    ] = "",
     teachers: Annotated[str, typer.Option(help="shared (one network everywhere) or as-sites (their own).")] = "shared",
     data_name: Annotated[str, typer.Option(help="patients or phantoms; beside every score.")] = "patients",
     jobs: Annotated[int, typer.Option(min=0, help="Worker processes; 0: one per GPU, or per core.")] = 0,
