@@ -10,9 +10,11 @@ import pytest
 
 from fediod_med.comparison.cells import Cell
 from fediod_med.comparison.plots import write_plots
+from fediod_med.comparison.profiles import get_profile
 from fediod_med.comparison.results import gather, holm, patient_means, signed_rank_p, targets
-from fediod_med.comparison.rows import all_rows, chosen_rows, row_kind
+from fediod_med.comparison.rows import DISTILLED, all_rows, chosen_rows, row_kind
 from fediod_med.comparison.storage import StoredRow
+from fediod_med.comparison.students import recipe
 from fediod_med.comparison.tables import escape, latex, markdown, target_lines
 from fediod_med.errors import SettingsError
 from fediod_med.evaluation import SubjectScore
@@ -154,6 +156,15 @@ def test_latex_escapes_what_latex_would_read_as_commands() -> None:
     )
     body = latex(results(ours=0.5)).splitlines()[7]
     assert not re.search(r"(?<!\\)[%_#$]", body)
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "smoke"])
+def test_every_distilled_row_has_the_same_number_of_student_updates(name: str) -> None:
+    profile = get_profile(name)
+    for key in DISTILLED:
+        schedule = recipe(key, profile).schedule
+        assert schedule.rounds * schedule.student_steps == profile.rounds * profile.student_steps, key
+        assert schedule.student_batch == recipe("ours", profile).schedule.student_batch, key
 
 
 def test_rows_have_words_and_can_be_chosen_by_pattern() -> None:

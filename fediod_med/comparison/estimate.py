@@ -59,18 +59,18 @@ def task_passes(plan: Plan, task: Task) -> float:
         return local + scans
     if task.subject in DISTILLED:
         row = recipe(task.subject, profile)
-        asked = 0 if row.generator is None else profile.rounds
+        asked = 0 if row.generator is None else row.schedule.rounds
         if row.generator == "conditional":
             asked = generator_rounds(row.schedule)
-        judged = profile.rounds if row.generator is not None and row.objective.needs_discriminators else 0
+        judged = row.schedule.rounds if row.generator is not None and row.objective.needs_discriminators else 0
         images = MIRRORS if row.schedule.mirrored else 1
-        exchange = images * (ANSWER_PASSES * profile.rounds + EXCHANGE_PASSES * asked) + CRITIC_PASSES * judged
+        exchange = images * (ANSWER_PASSES * row.schedule.rounds + EXCHANGE_PASSES * asked) + CRITIC_PASSES * judged
         exchange *= row.schedule.batch * hospitals
         if row.schedule.candidates > 1:
-            exchange += ANSWER_PASSES * profile.rounds * row.schedule.batch * row.schedule.candidates
+            exchange += ANSWER_PASSES * row.schedule.rounds * row.schedule.batch * row.schedule.candidates
         if row.generations > 1:
             exchange += local
-        return exchange + profile.rounds * profile.student_steps * row.schedule.student_batch + scans
+        return exchange + row.schedule.rounds * row.schedule.student_steps * row.schedule.student_batch + scans
     return scans
 
 

@@ -23,7 +23,7 @@ ENSEMBLES = (
 AVERAGING = ("fedavg", "fedavg_tuned", "fedprox", "fedprox_tuned")
 PARTS = ("gan", "clarity", "unique", "mask", "transfer", "realism", "competence", "rehearsal", "phantoms")
 """What `ours` is run without, one part at a time; without its generator it is the row `kd_phantoms`."""
-ADDITIONS = ("mirrors", "entropy", "search", "mixup", "learned", "selection", "generations")
+ADDITIONS = ("mirrors", "entropy", "search", "mixup", "learned", "selection", "rounds", "generations")
 """What `ours` is run with beyond its defaults, one at a time; a part becomes a default only if this table says so."""
 DISTILLED = (
     "kd_phantoms",
@@ -104,6 +104,7 @@ _ADDITION_WORDS = {
     "mixup": "mixup of the student's batches",
     "learned": "ensemble weights learned on phantoms",
     "selection": "a student selected by answers held out",
+    "rounds": "one round for each student step",
     "generations": "teachers that train on from the student, three generations",
 }
 

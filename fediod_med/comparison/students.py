@@ -268,5 +268,6 @@ def _with(ours: Recipe, part: str) -> Recipe:
         "search": {"candidates": 4},
         "mixup": {"mixup": True},
         "selection": {"selection": True},
+        "rounds": {"rounds": ours.schedule.rounds * ours.schedule.student_steps, "student_steps": 1},
     }
     return dataclasses.replace(ours, schedule=dataclasses.replace(ours.schedule, **changed[part]))
