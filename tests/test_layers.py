@@ -46,7 +46,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data.nifti", "data.partitions", "checkpoints", "ensemble", "lesions", "lesionwise", "uncertainty", "parallel"),
     ("data.layouts", "networks", "losses", "metrics", "devices", "privacy"),
     ("findings",),
-    ("durable", "labels", "pipeline", "plain_yaml", "progress", "protocol", "resources"),
+    (
+        "durable",
+        "federation.augmentation",
+        "federation.critic_design",
+        "labels",
+        "pipeline",
+        "plain_yaml",
+        "progress",
+        "protocol",
+        "resources",
+    ),
     ("encodings",),
     ("errors",),
 )
