@@ -32,6 +32,20 @@ def test_the_same_step_gives_the_same_batch(sampler: PublicSampler, anatomy: Ana
     )
 
 
+def test_a_pool_made_in_parts_draws_as_the_whole(sampler: PublicSampler, anatomy: Anatomy) -> None:
+    parts = [
+        PublicSampler(spacing=8, roi=12, count=count, seed=1, first=first, anatomy=anatomy)
+        for first, count in ((0, 1), (1, 2))
+    ]
+    images, tissues = zip(*(volume for part in parts for volume in zip(*part.pool(), strict=True)), strict=True)
+    joined = PublicSampler.of_pool(images, tissues, roi=12, seed=1)
+    assert len(joined) == 3
+    for step in range(1, 6):
+        one, other = sampler.draw(step, 2), joined.draw(step, 2)
+        assert torch.equal(one.base, other.base) and torch.equal(one.tissues, other.tissues)
+        assert torch.equal(one.phantoms, other.phantoms)
+
+
 def test_batches_are_the_draws_in_order(sampler: PublicSampler) -> None:
     for step, batch in enumerate(sampler.batches(3, 2), start=1):
         assert torch.equal(batch.base, sampler.draw(step, 2).base)

@@ -247,8 +247,10 @@ def test_half_of_the_draw_is_public(site: Site, phantoms: PublicSampler) -> None
     items = training_items(labelled(train, "brats2018"), preprocessing(spacing=6.0, with_label=True), phantoms)
     assert [item["public"] for item in items] == [False, False, True, True, True]
     for item in items:
-        assert item["image"].dtype == torch.float32 and item["image"].shape[1:] == item["label"].shape[1:]
-        assert item["label"].dtype == torch.uint8
+        assert item["image"].dtype == (torch.float16 if item["public"] else torch.float32)
+        assert item["image"].shape[1:] == item["label"].shape[1:] and item["label"].dtype == torch.uint8
+    kept = {image.data_ptr() for image, _ in phantoms.volumes()}
+    assert {item["image"].data_ptr() for item in items[2:]} == kept, "the pool is not copied"
     drawn = torch.tensor(list(rehearsal_sampler(Dataset(items), rehearsal=0.5, draws=4000, seed=0)))
     share = torch.bincount(drawn, minlength=5) / len(drawn)
     assert share[:2].tolist() == pytest.approx([0.25, 0.25], abs=0.03)

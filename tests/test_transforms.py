@@ -11,12 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import MetaTensor
-from monai.transforms import Compose
+from monai.transforms import Compose, RandCropByPosNegLabeld
+from monai.transforms.utils import map_binary_to_indices
 
 from fediod_med.data.layouts import Subject, find_subject
 from fediod_med.data.nifti import write_segmentation, write_volumes
 from fediod_med.data.transforms import (
     DIVISOR,
+    CropPlacesd,
     LoadSubjectd,
     augmentation,
     flip_together,
@@ -240,6 +242,45 @@ def test_half_of_the_crops_are_centred_on_tumour() -> None:
     steps = augmentation(roi=16).set_random_state(0)
     hits = sum(bool((steps({"image": image, "label": label})[0]["label"] > 0).any()) for _ in range(60))
     assert 18 <= hits <= 45
+
+
+def test_crop_places_are_those_that_monai_would_list() -> None:
+    """Else every crop of every earlier training would be another one."""
+    label = scan((20, 24, 16), np.eye(4))[1].to(torch.uint8)
+    tumour, background = map_binary_to_indices(label)
+    found = CropPlacesd()({"label": label})
+    assert found["tumour"].tolist() == tumour.tolist() and 0 < len(tumour) < label.numel()
+    assert [found["anywhere"][place] for place in range(len(found["anywhere"]))] == background.tolist()
+
+
+def test_crops_are_those_of_monai_without_the_places() -> None:
+    image, label = scan((40, 44, 36), np.eye(4))
+    item = {"image": image, "label": label.to(torch.uint8)}
+    steps = augmentation(roi=16)
+    plain = RandCropByPosNegLabeld(("image", "label"), label_key="label", spatial_size=16, num_samples=1)
+    places, crop = steps.transforms[1:3]
+    for seed in range(8):
+        (one,), (other,) = (
+            cut(found)
+            for cut, found in (
+                (plain.set_random_state(seed), item),
+                (crop.set_random_state(seed), places(item)),
+            )
+        )
+        assert torch.equal(one["image"].as_tensor(), other["image"].as_tensor())
+        assert torch.equal(one["label"].as_tensor(), other["label"].as_tensor()) and one.keys() == other.keys()
+
+
+def test_half_precision_is_widened_after_the_crop_without_a_change() -> None:
+    image, label = scan((40, 40, 40), np.eye(4))
+    half = MetaTensor(normalise(image).as_tensor().half(), affine=image.affine)
+    wide = MetaTensor(half.as_tensor().float(), affine=image.affine)
+    for seed in range(3):
+        steps = augmentation(roi=24)
+        (one,) = steps.set_random_state(seed)({"image": half, "label": label})
+        (other,) = steps.set_random_state(seed)({"image": wide, "label": label})
+        assert one["image"].dtype == torch.float32 and torch.equal(one["image"].as_tensor(), other["image"].as_tensor())
+        assert torch.equal(one["label"].as_tensor(), other["label"].as_tensor())
 
 
 def test_a_seed_fixes_the_augmentation() -> None:

@@ -96,6 +96,7 @@ class PublicSampler:
         roi: edge of a crop, voxels.
         count: phantoms in the pool; their seeds are `seed * 100000 + i`.
         seed: of the pool and of every draw.
+        first: i of the first phantom; parts of a pool made apart are the phantoms of the whole.
         profile: of the simulator.
         anatomy: on the grid of the phantoms; `training_grid(spacing)` when omitted.
         progress: called after each phantom with (done, count).
@@ -111,6 +112,7 @@ class PublicSampler:
         roi: int,
         count: int,
         seed: int,
+        first: int = 0,
         profile: Profile = PUBLIC_PRIOR,
         anatomy: Anatomy | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -121,26 +123,30 @@ class PublicSampler:
         anatomy = load_anatomy(training_grid(spacing)) if anatomy is None else anatomy
         normalise = NormalizeIntensity(nonzero=True, channel_wise=True)
         for i in range(count):
-            tissue_map = grow(anatomy, seed * 100_000 + i, profile)
+            number = seed * 100_000 + first + i
+            tissue_map = grow(anatomy, number, profile)
             # A plain tensor: a MetaTensor would slow every later step and could not be read back from a checkpoint.
-            image = convert_to_tensor(normalise(render(tissue_map, seed * 100_000 + i, profile)), track_meta=False)
+            image = convert_to_tensor(normalise(render(tissue_map, number, profile)), track_meta=False)
             self._images.append(pad_to(image.half(), roi))
             self._tissues.append(pad_to(torch.from_numpy(tissue_map.tissues.astype(np.uint8))[None], roi)[0])
             if progress is not None:
                 progress(i + 1, count)
 
     @classmethod
-    def of_pool(cls, images: Tensor, tissues: Tensor, *, roi: int, seed: int) -> Self:
+    def of_pool(
+        cls, images: Tensor | Sequence[Tensor], tissues: Tensor | Sequence[Tensor], *, roi: int, seed: int
+    ) -> Self:
         """A sampler over volumes made before, as `pool` gives them; draws as the sampler that made them.
 
         Args:
-            images: `(N, 4, D, H, W)` z-scored, at least `roi` a side.
-            tissues: `(N, D, H, W)` integers.
+            images: `(N, 4, D, H, W)` z-scored, at least `roi` a side; or as many volumes `(4, D, H, W)`. Those in
+                float16 are not copied.
+            tissues: `(N, D, H, W)` integers, or as many `(D, H, W)`.
             roi: as in the constructor.
             seed: as in the constructor.
         """
         sampler = cls.__new__(cls)
-        sampler._hold(list(images.half()), list(tissues.to(torch.uint8)), roi=roi, seed=seed)
+        sampler._hold([image.half() for image in images], [t.to(torch.uint8) for t in tissues], roi=roi, seed=seed)
         return sampler
 
     def pool(self) -> tuple[Tensor, Tensor]:
@@ -180,10 +186,10 @@ class PublicSampler:
         limits = np.array(tissues.shape) - self._roi
         start = rng.integers(0, limits + 1)
         if limits.any() and rng.random() < TUMOUR_CENTRED:
-            tumour = np.argwhere(tissues.numpy() >= NCR)
+            tumour = np.flatnonzero(tissues.numpy() >= NCR)
             if len(tumour):
-                centre = tumour[rng.integers(len(tumour))] - self._roi // 2
-                start = np.clip(centre, 0, limits)
+                centre = np.array(np.unravel_index(tumour[rng.integers(len(tumour))], tissues.shape))
+                start = np.clip(centre - self._roi // 2, 0, limits)
         window = tuple(slice(int(s), int(s) + self._roi) for s in start)
         image, tissues = image[(slice(None), *window)], tissues[window]
         axes = tuple(axis for axis in range(3) if rng.random() < 0.5)

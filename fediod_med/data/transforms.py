@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import (
+    CastToTyped,
     Compose,
     CropForeground,
     MapTransform,
@@ -93,6 +95,39 @@ class Jitterd(MapTransform, Randomizable):
         return changed
 
 
+class CropPlacesd(Transform):
+    """Adds where a crop may be centred, by flat index: `tumour`, the voxels of any tumour class, and `anywhere`.
+
+    MONAI's crops take such lists and otherwise make both anew for each crop, the second as long as the head is large.
+    They are the lists that it makes itself: of a uint8 label (MONAI 1.6) its background is every voxel, because
+    it inverts the bits of what it finds.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Look at `data["label"]` `(1, D, H, W)`."""
+        label = torch.as_tensor(data["label"]).numpy()
+        return {**data, "tumour": np.flatnonzero(label), "anywhere": Anywhere(label.size)}
+
+
+@dataclass(frozen=True)
+class Anywhere:
+    """All flat indices of a volume, without a list of them; not a `Sequence`, which MONAI would turn into an array.
+
+    Attributes:
+        count: voxels of the volume.
+    """
+
+    count: int
+
+    def __len__(self) -> int:
+        """How many they are."""
+        return self.count
+
+    def __getitem__(self, place: int) -> int:
+        """The index at a place: the place itself."""
+        return place
+
+
 def to_working_grid(
     image: MetaTensor, *, spacing: float, label: MetaTensor | None = None, crop: bool = True
 ) -> tuple[MetaTensor, MetaTensor | None]:
@@ -167,14 +202,25 @@ class _WithoutScheme(Transform):
 def augmentation(*, roi: int) -> Compose:
     """Random crops of `roi` voxels, half of them centred on tumour, with rotation, scale, flips and contrast.
 
-    Works on `image` `(4, D, H, W)` and `label` `(1, D, H, W)` and gives `(4, roi, roi, roi)`. For a patient without
-    tumour, MONAI warns and crops anywhere.
+    Works on `image` `(4, D, H, W)`, float16 or float32, and `label` `(1, D, H, W)`, and gives `(4, roi, roi, roi)`
+    float32. Nothing but the crop looks at the whole head. For a patient without tumour, MONAI warns and crops anywhere.
     """
     keys = ("image", "label")
     return Compose(
         [
             SpatialPadd(keys, roi),
-            RandCropByPosNegLabeld(keys, label_key="label", spatial_size=roi, pos=1, neg=1, num_samples=1),
+            CropPlacesd(),
+            RandCropByPosNegLabeld(
+                keys,
+                label_key="label",
+                spatial_size=roi,
+                pos=1,
+                neg=1,
+                num_samples=1,
+                fg_indices_key="tumour",
+                bg_indices_key="anywhere",
+            ),
+            CastToTyped("image", torch.float32),
             RandAffined(
                 keys,
                 prob=0.7,
