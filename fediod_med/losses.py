@@ -57,6 +57,17 @@ def real_adversarial(real_logits: Tensor, criterion: str) -> Tensor:
     return _towards_real(real_logits, criterion).flatten(1).mean(dim=1)
 
 
+def gradient_penalty(scores: Tensor, x: Tensor) -> Tensor:
+    """Mean over volumes of `|grad_x score|^2`, itself differentiable (R1; Mescheder et al. 2018, arXiv 1801.04406).
+
+    Args:
+        scores: `(B,)`, one number for each volume, of which it alone depends.
+        x: `(B, ...)`, what they were computed from, with a graph between.
+    """
+    (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
+    return gradient.square().flatten(1).sum(dim=1).mean()
+
+
 def _towards_real(logits: Tensor, criterion: str) -> Tensor:
     if criterion == "hinge":
         return torch.relu(1 - logits)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from fediod_med.baselines import PreparedScan
 from fediod_med.data.sampler import PublicSampler
@@ -20,7 +20,6 @@ from fediod_med.ensemble import competence_weights, merge, public_dice
 from fediod_med.federation.critic import PlainCritic
 from fediod_med.hospitals import Hospital
 from fediod_med.inference import native_classes, predict_probabilities
-from fediod_med.networks import PatchDiscriminator
 from fediod_med.protocol import Query
 
 ENTROPY_TEMPERATURE = 0.2  # nats; set before any score was seen
@@ -74,7 +73,7 @@ def ensemble_maps(
 
 def phantom_critics(
     hospitals: Sequence[Hospital], sampler: PublicSampler, *, rounds: int, seed: int, device: torch.device
-) -> list[PatchDiscriminator]:
+) -> list[nn.Module]:
     """One discriminator per hospital, trained to tell its scans from public phantoms."""
     trained = []
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +88,7 @@ def phantom_critics(
     return trained
 
 
-def _realism(critics: Sequence[PatchDiscriminator], image: MetaTensor, device: torch.device) -> Tensor:
+def _realism(critics: Sequence[nn.Module], image: MetaTensor, device: torch.device) -> Tensor:
     """Mean patch logit of each discriminator on one scan, `(K, 1)`."""
     x = image.as_tensor()[None].to(device)
     with torch.inference_mode():

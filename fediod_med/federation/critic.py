@@ -1,7 +1,8 @@
 """A hospital's discriminator: how it learns between rounds, and what it says about a volume.
 
 `PlainCritic` promises nothing and can be rewound with the centre. `PrivateCritic` learns by private steps inside a
-permit that was paid in full; it never goes back, because a step taken twice would have spent twice.
+permit that was paid in full; it never goes back, because a step taken twice would have spent twice. Designs beyond the
+plain discriminator (`critic_design`) are for `PlainCritic` alone.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ from typing import Any, Protocol
 import torch
 from monai.transforms import Compose, RandFlip, RandSpatialCrop, SpatialPad
 from monai.utils import convert_to_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from fediod_med.checkpoints import load_state, save_state
 from fediod_med.devices import autocast_over
-from fediod_med.errors import PrivacyError, ProtocolError
-from fediod_med.losses import (
-    discriminator_adversarial,
-    generator_adversarial,
-    real_adversarial,
-    synthetic_adversarial,
-)
+from fediod_med.errors import PrivacyError, ProtocolError, SettingsError
+from fediod_med.federation.augmentation import draw_augmentation
+from fediod_med.federation.critic_design import CriticDesign
+from fediod_med.federation.critic_losses import discriminator_loss, judgement
+from fediod_med.federation.critic_networks import build_discriminator
+from fediod_med.losses import real_adversarial, synthetic_adversarial
 from fediod_med.networks import PatchDiscriminator
 from fediod_med.privacy.discriminator import DiscriminatorPlan, PrivateDiscriminator
 from fediod_med.protocol import Query
@@ -46,16 +46,6 @@ class Critic(Protocol):
     @property
     def permits(self) -> tuple[str, ...]:
         """Ledger entries that paid for this discriminator; empty without privacy."""
-
-
-def judgement(discriminator: PatchDiscriminator, x: Tensor, criterion: str) -> dict[str, Tensor]:
-    """Realism `(B,)` (mean patch logit) and the gradient of the adversarial loss with respect to x."""
-    leaf = x.detach().clone().requires_grad_(True)
-    with autocast_over(x.device, x.shape[2:]):
-        logits = discriminator(leaf).float()
-    loss = generator_adversarial(logits, criterion)
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    return {"realism": logits.detach().flatten(1).mean(dim=1), "x_gradient": gradient}
 
 
 def random_patch(size: Sequence[int], *, mirrored: bool = True) -> Compose:
@@ -84,6 +74,12 @@ class PlainCritic:
         sequences: channels of a scan.
         spatial_dims: its axes, 3 for volumes, 2 for images.
         mirrored: whether a scan seen in a mirror is as real; not so for handwriting.
+        design: of the discriminator; see `CriticDesign`.
+        teacher: the hospital's own segmenter to logits `(B, classes, ...)`, frozen here; a joint design needs it.
+        classes: of the teacher.
+
+    Raises:
+        SettingsError: a joint design without a teacher.
     """
 
     permits: tuple[str, ...] = ()
@@ -106,7 +102,16 @@ class PlainCritic:
         sequences: int = 4,
         spatial_dims: int = 3,
         mirrored: bool = True,
+        design: CriticDesign | None = None,
+        teacher: nn.Module | None = None,
+        classes: int = 4,
     ) -> None:
+        self._design = CriticDesign() if design is None else design
+        self._teacher: nn.Module | None = None
+        if self._design.joint:
+            if teacher is None:
+                raise SettingsError(f"{name}: a discriminator of pairs needs the hospital's teacher, found none")
+            self._teacher = teacher.to(device).eval().requires_grad_(False)
         self._joins_late = joins_late
         self._mirrored = mirrored
         self._name = name
@@ -118,8 +123,13 @@ class PlainCritic:
         self._criterion = criterion
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            self.discriminator = PatchDiscriminator(
-                sequences=sequences, width=width, layers=layers, norm=norm, spatial_dims=spatial_dims
+            self.discriminator = build_discriminator(
+                self._design,
+                channels=sequences + (classes if self._design.joint else 0),
+                width=width,
+                layers=layers,
+                norm=norm,
+                spatial_dims=spatial_dims,
             ).to(device)
         self._optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=learning_rate, betas=(0.5, 0.999))
         self._run_id: str | None = None
@@ -139,7 +149,9 @@ class PlainCritic:
             raise ProtocolError(f"{self._name}: asked for its discriminator, but has no scans to train it on")
         self._enter_round(query)
         self._step(x, query.round)
-        judged = judgement(self.discriminator, x, self._criterion)
+        judged = judgement(
+            self.discriminator, x, self._criterion, show=lambda leaf: self._shown(leaf, query.round, "x")
+        )
         self._run_id, self._round = query.run_id, query.round
         if query.settings.get("snapshot", False):
             self._write_snapshot(query.run_id)
@@ -158,15 +170,26 @@ class PlainCritic:
 
     def _step(self, fake: Tensor, number: int) -> None:
         real = self.real_batch(fake.shape[2:], number)
-        self.discriminator.requires_grad_(True)
-        with autocast_over(fake.device, fake.shape[2:]):
-            fake_logits = self.discriminator(fake.detach()).float()
-            real_logits = self.discriminator(real).float()
-        loss = discriminator_adversarial(fake_logits, real_logits, self._criterion)
+        with torch.no_grad(), autocast_over(fake.device, fake.shape[2:]):
+            fake, real = self._shown(fake.detach(), number, "synthetic"), self._shown(real, number, "real")
+        # A spectral norm moves on in training only, so what is judged below is what a snapshot holds.
+        self.discriminator.train().requires_grad_(True)
+        loss = discriminator_loss(self.discriminator, fake, real, self._criterion, penalty=self._design.penalty)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()
-        self.discriminator.requires_grad_(False)
+        self.discriminator.eval().requires_grad_(False)
+
+    def _shown(self, x: Tensor, number: int, part: str) -> Tensor:
+        """What the discriminator sees of x: changed at random, and with the teacher's answer, where the design says so.
+
+        The change is fixed by the hospital's seed, the round's number and the part that x plays in it.
+        """
+        if self._design.augment:
+            x = draw_augmentation(x.shape, seed=_site_seed(self._seed, f"{part}/{number}")).apply(x)
+        if self._teacher is not None:
+            x = torch.cat([x, torch.softmax(self._teacher(x).float(), dim=1)], dim=1)
+        return x
 
     def _enter_round(self, query: Query) -> None:
         """Continue from the last round, or rewind to the snapshot that a resumed centre continues from.
