@@ -22,6 +22,7 @@ from fediod_med.devices import private_precision
 from fediod_med.distillation.settings import Schedule, generator_rounds
 from fediod_med.errors import PrivacyError, SettingsError
 from fediod_med.federation.critic import Critic, PlainCritic, PrivateCritic
+from fediod_med.federation.critic_design import CriticDesign
 from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.node import SiteNode
 from fediod_med.privacy.accounting import epsilon_report, rdp_epsilon
@@ -148,18 +149,17 @@ def open_federation(
     device: torch.device,
     adversarial: bool,
     heads: Mapping[str, Head] | None = None,
+    design: CriticDesign | None = None,
 ) -> EmbeddedFederation:
     """The hospitals as one federation; with `adversarial`, each has a discriminator, paid for where that is due.
 
-    `heads` are the states of the hospitals' ledgers that the centre has seen before.
+    `heads` are the states of the hospitals' ledgers that the centre has seen before; `design` is of all discriminators,
+    see `open_node`.
     """
-    return EmbeddedFederation(
-        {
-            h.site.site_name: open_node(h, out=out, seed=seed, run_id=run_id, device=device, adversarial=adversarial)
-            for h in hospitals
-        },
-        heads=heads,
+    open_one = partial(
+        open_node, out=out, seed=seed, run_id=run_id, device=device, adversarial=adversarial, design=design
     )
+    return EmbeddedFederation({h.site.site_name: open_one(h) for h in hospitals}, heads=heads)
 
 
 def open_node(
@@ -171,16 +171,29 @@ def open_node(
     device: torch.device,
     adversarial: bool,
     joins_late: bool = False,
+    design: CriticDesign | None = None,
 ) -> SiteNode:
     """What answers for one hospital in one run; with `adversarial`, its discriminator is paid for where that is due.
 
-    With `joins_late`, a hospital that a run has not reached before may begin with any round.
+    With `joins_late`, a hospital that a run has not reached before may begin with any round. `design` is of its
+    discriminator, the plain one when omitted.
+
+    Raises:
+        PrivacyError: a private hospital with another design than the plain one.
     """
     return SiteNode(
         hospital.site.site_name,
         hospital.teacher,
         hospital.presence,
-        critic=_critic(hospital, out=out, seed=seed, run_id=run_id, device=device, joins_late=joins_late)
+        critic=_critic(
+            hospital,
+            out=out,
+            seed=seed,
+            run_id=run_id,
+            device=device,
+            joins_late=joins_late,
+            design=CriticDesign() if design is None else design,
+        )
         if adversarial
         else None,
         gate=hospital.gate,
@@ -287,13 +300,34 @@ def copy_ledger(hospital: Hospital, folder: Path) -> None:
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.lock", ".*"))
 
 
-def _critic(hospital: Hospital, *, out: Path, seed: int, run_id: str, device: torch.device, joins_late: bool) -> Critic:
+def _critic(
+    hospital: Hospital,
+    *,
+    out: Path,
+    seed: int,
+    run_id: str,
+    device: torch.device,
+    joins_late: bool,
+    design: CriticDesign,
+) -> Critic:
     site, gate = hospital.site, hospital.gate
+    if gate.mode != "none" and not design.plain:
+        raise PrivacyError(
+            f"{site.site_name}: expected the plain discriminator in mode {gate.mode}, found {design}; the analysis of "
+            "what one patient can change was made for that one alone. Leave the design out, or the privacy"
+        )
     state_dir = out / "site_state" / site.site_name
     if gate.mode != "dp-sgd" or gate.policy is None:
         volumes = [volume for volumes in hospital.patients for volume in volumes]
         return PlainCritic(
-            site.site_name, volumes, state_dir=state_dir, seed=seed, device=device, joins_late=joins_late
+            site.site_name,
+            volumes,
+            state_dir=state_dir,
+            seed=seed,
+            device=device,
+            joins_late=joins_late,
+            design=design,
+            teacher=hospital.teacher if design.joint else None,
         )
     part = gate.policy.part("discriminator")
     plan = DiscriminatorPlan(

@@ -19,9 +19,10 @@ from fediod_med.data.sampler import PublicSampler
 from fediod_med.distillation.settings import Schedule
 from fediod_med.errors import BudgetExceeded, InputError, PrivacyError, ProtocolError, SettingsError
 from fediod_med.federation.critic import PlainCritic, PrivateCritic
+from fediod_med.federation.critic_design import CriticDesign
 from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.node import SiteNode
-from fediod_med.hospitals import announcement, open_hospital
+from fediod_med.hospitals import Hospital, announcement, open_hospital, open_node
 from fediod_med.networks import build_segmenter
 from fediod_med.privacy import noise, training
 from fediod_med.privacy.accounting import rdp_epsilon
@@ -241,6 +242,20 @@ def test_a_teacher_that_the_ledger_did_not_pay_for_is_refused(site: Site, tmp_pa
             on_epoch=lambda *_: None,
             on_step=lambda *_: None,
         )
+
+
+@pytest.mark.parametrize("mode", ["dp-sgd", "gradient"])
+def test_a_private_hospital_has_the_plain_discriminator_only(site: Site, tmp_path: Path, mode: str) -> None:
+    private = dataclasses.replace(site, privacy_mode=mode, releases=8)
+    scans = ((torch.randn(4, SIZE, SIZE, SIZE),), (torch.randn(4, SIZE, SIZE, SIZE),))
+    gate = open_gate(private)
+    teacher = build_segmenter("unet", width=4, depth=2)
+    hospital = Hospital(private, gate, teacher, torch.ones(2, 4), scans, ())
+    for design in (CriticDesign(scales=2), CriticDesign(joint=True)):
+        with pytest.raises(PrivacyError, match=f"h0: expected the plain discriminator in mode {mode}.*one patient"):
+            open_node(hospital, out=tmp_path, seed=0, run_id="r", device=CPU, adversarial=True, design=design)
+    assert gate.spent() == []  # refused before anything was charged
+    open_node(hospital, out=tmp_path, seed=0, run_id="r", device=CPU, adversarial=True, design=CriticDesign())
 
 
 # --- the node ---------------------------------------------------------------------------------------------------------
