@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -165,6 +166,22 @@ def test_every_distilled_row_has_the_same_number_of_student_updates(name: str) -
         schedule = recipe(key, profile).schedule
         assert schedule.rounds * schedule.student_steps == profile.rounds * profile.student_steps, key
         assert schedule.student_batch == recipe("ours", profile).schedule.student_batch, key
+
+
+def test_a_design_of_the_discriminator_is_all_that_its_row_changes() -> None:
+    profile = get_profile("cpu")
+    ours = recipe("ours", profile)
+    assert ours.critic.plain
+    designs = {
+        part: recipe(f"ours_with_{part}", profile) for part in ("scales", "augment", "penalty", "spectral", "joint")
+    }
+    for part, row in designs.items():
+        assert replace(row, critic=ours.critic) == ours
+        changed = {name for name, value in asdict(row.critic).items() if value != asdict(ours.critic)[name]}
+        assert changed == {part}
+    assert designs["penalty"].critic.penalty == pytest.approx(7.3728)  # .0002 x 4 x 48^3 / 3 / 2 / 2
+    at_1_mm = recipe("ours_with_penalty", get_profile("gpu")).critic.penalty
+    assert at_1_mm == pytest.approx(8 * 7.3728)  # twice the edge, eight times the values
 
 
 def test_rows_have_words_and_can_be_chosen_by_pattern() -> None:

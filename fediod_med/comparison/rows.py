@@ -23,7 +23,21 @@ ENSEMBLES = (
 AVERAGING = ("fedavg", "fedavg_tuned", "fedprox", "fedprox_tuned")
 PARTS = ("gan", "clarity", "unique", "mask", "transfer", "realism", "competence", "rehearsal", "phantoms")
 """What `ours` is run without, one part at a time; without its generator it is the row `kd_phantoms`."""
-ADDITIONS = ("mirrors", "entropy", "search", "mixup", "learned", "selection", "rounds", "generations")
+ADDITIONS = (
+    "mirrors",
+    "entropy",
+    "search",
+    "mixup",
+    "learned",
+    "selection",
+    "rounds",
+    "generations",
+    "scales",
+    "augment",
+    "penalty",
+    "spectral",
+    "joint",
+)
 """What `ours` is run with beyond its defaults, one at a time; a part becomes a default only if this table says so."""
 DISTILLED = (
     "kd_phantoms",
@@ -106,6 +120,11 @@ _ADDITION_WORDS = {
     "selection": "a student selected by answers held out",
     "rounds": "one round for each student step",
     "generations": "teachers that train on from the student, three generations",
+    "scales": "discriminators at two scales",
+    "augment": "augmentation before the discriminators",
+    "penalty": "a gradient penalty on the discriminators",
+    "spectral": "spectral norm in the discriminators",
+    "joint": "discriminators of volume and prediction",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fediod_med.distillation.loop import distill
 from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule
 from fediod_med.encodings import FP16
 from fediod_med.errors import SettingsError
+from fediod_med.federation.critic_design import CriticDesign
 from fediod_med.hospitals import Hospital, open_federation
 from fediod_med.networks import STUDENT, Generator, build_segmenter
 from fediod_med.teacher import warm_start
@@ -30,6 +31,11 @@ NOISE_VOLUMES = 64
 NOISE_SMOOTHING = 2.0  # voxels
 LEARNED_STEP = 2.0  # over 30 phantom rounds weights can then part about as far as those by Dice on phantoms
 GENERATIONS = 3
+# Gamma of the gradient penalty, per value of a patch. StyleGAN2-ADA (Karras et al. 2020, arXiv 2006.06676) takes .0002
+# times the pixels of an image over the batch, for a judge that rates images differing everywhere is the flatter, the
+# more values they have. Here per value, of three a pixel there; over a batch of 2 real patches; and halved, as the loss
+# here is the mean of the synthetic and the real half, there their sum. Patches of 4 x 48^3 values get 7.4.
+PENALTY_PER_VALUE = 0.0002 / 3 / 2 / 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Recipe:
         volumes: `phantoms`, `noise` or `scans` (the hospitals' own), what the centre asks about.
         teachers: whether the hospitals' teachers are asked.
         generations: how often teachers are trained; see `generations.distil_generations`.
+        critic: design of the hospitals' discriminators.
     """
 
     objective: GeneratorObjective
@@ -51,6 +58,7 @@ class Recipe:
     volumes: str = "phantoms"
     teachers: bool = True
     generations: int = 1
+    critic: CriticDesign = field(default_factory=CriticDesign)
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ def recipe(key: str, profile: Profile) -> Recipe:
     if key in DISTILLED and key.startswith(WITHOUT):
         return _without(ours, key.removeprefix(WITHOUT))
     if key in DISTILLED and key.startswith(WITH):
-        return _with(ours, key.removeprefix(WITH))
+        return _with(ours, key.removeprefix(WITH), values=4 * profile.roi**3)
     raise SettingsError(f"row {key}: expected a distilled one")
 
 
@@ -160,6 +168,7 @@ def distil_row(
             run_id=run_id,
             device=device,
             adversarial=generator is not None and row.objective.needs_discriminators,
+            design=row.critic,
         )
         state = distill(
             federation,
@@ -253,8 +262,20 @@ def _without(ours: Recipe, part: str) -> Recipe:
     return dataclasses.replace(ours, schedule=dataclasses.replace(ours.schedule, **changed[part]))
 
 
-def _with(ours: Recipe, part: str) -> Recipe:
-    """`ours` with one part added; each at one setting, fixed before any score of it was seen."""
+def _with(ours: Recipe, part: str, *, values: int) -> Recipe:
+    """`ours` with one part added; each at one setting, fixed before any score of it was seen.
+
+    `values` are those of one patch, over all sequences and voxels.
+    """
+    critics = {
+        "scales": CriticDesign(scales=2),
+        "augment": CriticDesign(augment=True),
+        "penalty": CriticDesign(penalty=PENALTY_PER_VALUE * values),
+        "spectral": CriticDesign(spectral=True),
+        "joint": CriticDesign(joint=True),
+    }
+    if part in critics:
+        return dataclasses.replace(ours, critic=critics[part])
     if part == "generations":
         return dataclasses.replace(ours, generations=min(GENERATIONS, ours.schedule.rounds))
     terms: dict[str, Any] = {
