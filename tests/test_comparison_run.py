@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from fediod_med.comparison.averaging import AveragingPlan, weighted_average
+from fediod_med.comparison.bench import Bench
 from fediod_med.comparison.cells import Cell
 from fediod_med.comparison.plan import Plan, remember
 from fediod_med.comparison.profiles import get_profile
@@ -98,6 +99,19 @@ def test_a_comparison_that_was_cut_short_and_resumed_equals_one_that_was_not(fin
     for row in finished.rows:
         paths = [row_folder(p.out, plan.cells[0], row) / "scores.csv" for p in (finished, plan)]
         assert read_scores(paths[0]) == read_scores(paths[1])
+
+
+def test_a_pool_made_by_several_tasks_is_that_of_one(finished, sites, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("fediod_med.comparison.profiles.PHANTOMS_A_TASK", 0)
+    plan = plan_in(tmp_path / "out", sites, "site:phantom-0")
+    pool = [task for task in all_tasks(plan) if task.kind == "pool"]
+    assert [task.key for task in pool] == [f"pool-0-part-{part}" for part in range(SMOKE.pool)]
+    do_tasks(plan, pool[1:])
+    assert [task_done(plan, task) for task in pool] == [False, True, True]
+    do_tasks(plan, pool)
+    whole = load_file(finished.out / "pools" / "seed-0.safetensors")
+    images, tissues = Bench(plan, plan.cells[0], "cpu").sampler.pool()
+    assert torch.equal(images, whole["images"]) and torch.equal(tissues, whole["tissues"])
 
 
 def test_results_tables_and_figures_are_written_from_what_lies_there(finished) -> None:

@@ -16,7 +16,7 @@ from fediod_med.checkpoints import Provenance, current_commit
 from fediod_med.comparison.cells import Cell
 from fediod_med.comparison.plan import Plan
 from fediod_med.comparison.rows import row_kind
-from fediod_med.comparison.storage import pool_path, read_pool, write_row
+from fediod_med.comparison.storage import pool_paths, read_pool, write_row
 from fediod_med.data.layouts import Subject
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.devices import pick_device
@@ -60,8 +60,9 @@ class Bench:
     @cached_property
     def sampler(self) -> PublicSampler:
         """The seed's phantoms, made once for all rows."""
-        images, tissues = read_pool(pool_path(self.plan.out, self.cell.seed))
-        return PublicSampler.of_pool(images, tissues, roi=self.plan.profile.roi, seed=pool_seed(self.cell.seed))
+        profile, seed = self.plan.profile, self.cell.seed
+        images, tissues = read_pool(pool_paths(self.plan.out, seed, len(profile.pool_parts)))
+        return PublicSampler.of_pool(images, tissues, roi=profile.roi, seed=pool_seed(seed))
 
     @cached_property
     def hospitals(self) -> list[Hospital]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fediod_med.comparison.averaging import AveragingPlan
 from fediod_med.errors import SettingsError
 
+PHANTOMS_A_TASK = 240  # at 4 mm; of finer phantoms as many as have the same number of voxels
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -41,6 +43,12 @@ class Profile:
     candidates: tuple[AveragingPlan, ...]
     mus: tuple[float, ...]
 
+    @property
+    def pool_parts(self) -> tuple[range, ...]:
+        """Numbers of the phantoms that one task makes, task by task: a pool on a fine grid is made by many workers."""
+        most = max(1, round(PHANTOMS_A_TASK * (self.spacing / 4) ** 3))
+        return tuple(range(first, min(first + most, self.pool)) for first in range(0, self.pool, most))
+
 
 _CPU = Profile(
     name="cpu",
@@ -66,9 +74,9 @@ _GPU = Profile(
     spacing=1.0,
     roi=96,
     pool=48,
-    epochs=30,
+    epochs=15,  # local steps and rounds are those at 4 mm, so that the two differ in the grid alone
     steps_per_epoch=20,
-    rounds=120,
+    rounds=60,
     student_steps=6,
     averaging=AveragingPlan(rounds=10),
     mu=0.01,

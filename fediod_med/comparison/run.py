@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fediod_med.checkpoints import current_commit
-from fediod_med.comparison.estimate import estimate
+from fediod_med.comparison.estimate import estimate, in_order
 from fediod_med.comparison.plan import AS_SITES, SHARED, Plan, planned_sites, remember
 from fediod_med.comparison.plots import write_plots
 from fediod_med.comparison.profiles import Profile
@@ -113,7 +113,7 @@ def run_comparison(
     devices = worker_devices(device, jobs)
     remember(plan, resume=resume)
     clear_leftovers(plan.out)
-    tasks = all_tasks(plan)
+    tasks = in_order(plan, all_tasks(plan))
     announce(estimate(plan, tasks, devices))
     began = time.perf_counter()
     outcome = run_tasks(plan, tasks, devices=devices, progress=progress)

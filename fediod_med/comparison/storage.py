@@ -106,21 +106,32 @@ def read_row(out: Path, cell: Cell, key: str) -> StoredRow | None:
     return StoredRow(key, cell, record, scores)
 
 
-def pool_path(out: Path, seed: int) -> Path:
-    """Where the public phantoms of a seed lie."""
-    return out / "pools" / f"seed-{seed}.safetensors"
+def pool_paths(out: Path, seed: int, parts: int) -> tuple[Path, ...]:
+    """Where the public phantoms of a seed lie: one file, or one for each of several parts."""
+    folder = out / "pools"
+    if parts == 1:
+        return (folder / f"seed-{seed}.safetensors",)
+    return tuple(folder / f"seed-{seed}-part-{part}-of-{parts}.safetensors" for part in range(parts))
 
 
 def write_pool(path: Path, sampler: PublicSampler) -> None:
-    """Keep a pool of phantoms for all rows of its seed."""
+    """Keep phantoms, a whole pool or a part of it, for all rows of their seed."""
     images, tissues = sampler.pool()
     write_atomically(path, lambda temporary: save_file({"images": images, "tissues": tissues}, temporary))
 
 
-def read_pool(path: Path) -> tuple[Tensor, Tensor]:
-    """Images `(N, 4, D, H, W)` and tissues `(N, D, H, W)` of a pool."""
-    with safe_open(path, framework="pt") as handle:
-        return handle.get_tensor("images"), handle.get_tensor("tissues")
+def read_pool(paths: Sequence[Path]) -> tuple[list[Tensor], list[Tensor]]:
+    """Images `(4, D, H, W)` float16 and tissues `(D, H, W)` uint8 of all phantoms, part after part.
+
+    They are maps of the files, not copies: the processes of a run hold one pool in memory, however many they are.
+    """
+    images: list[Tensor] = []
+    tissues: list[Tensor] = []
+    for path in paths:
+        with safe_open(path, framework="pt") as handle:
+            images.extend(handle.get_tensor("images"))
+            tissues.extend(handle.get_tensor("tissues"))
+    return images, tissues
 
 
 def _hidden(folder: Path) -> Path:

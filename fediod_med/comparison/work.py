@@ -22,7 +22,7 @@ from fediod_med.comparison.generations import distil_generations
 from fediod_med.comparison.local import HospitalClient, open_client
 from fediod_med.comparison.plan import Plan, with_shared_network
 from fediod_med.comparison.rows import AVERAGING, SITE
-from fediod_med.comparison.storage import is_done, pool_path, read_row, row_folder, write_pool
+from fediod_med.comparison.storage import is_done, pool_paths, read_row, row_folder, write_pool
 from fediod_med.comparison.students import distil_row, recipe
 from fediod_med.comparison.tasks import Task
 from fediod_med.comparison.tuning import candidate_plan, record_candidate, tuned_plan, validation_parts
@@ -49,7 +49,7 @@ def perform(plan: Plan, task: Task, device: str) -> None:
         torch.set_num_threads(1)
     bench = Bench(plan, task.cell, device)
     if task.kind == "pool":
-        _make_pool(plan, task.cell.seed)
+        _make_pool(plan, task.cell.seed, task.part)
     elif task.kind == "tuning":
         _tune(bench, task.subject)
     elif task.kind == "ensembles":
@@ -58,10 +58,13 @@ def perform(plan: Plan, task: Task, device: str) -> None:
         _row(bench, task.subject)
 
 
-def _make_pool(plan: Plan, seed: int) -> None:
-    profile = plan.profile
-    sampler = PublicSampler(spacing=profile.spacing, roi=profile.roi, count=profile.pool, seed=pool_seed(seed))
-    write_pool(pool_path(plan.out, seed), sampler)
+def _make_pool(plan: Plan, seed: int, part: int) -> None:
+    profile, parts = plan.profile, plan.profile.pool_parts
+    numbers = parts[part]
+    sampler = PublicSampler(
+        spacing=profile.spacing, roi=profile.roi, count=len(numbers), seed=pool_seed(seed), first=numbers.start
+    )
+    write_pool(pool_paths(plan.out, seed, len(parts))[part], sampler)
 
 
 def _row(bench: Bench, key: str) -> None:
