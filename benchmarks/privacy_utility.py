@@ -27,7 +27,7 @@ from fediod_med.data.phantoms import hospital_profiles
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.data.transforms import flip_together, jitter
 from fediod_med.metrics import region_scores
-from fediod_med.networks import build_segmenter
+from fediod_med.networks import STUDENT, build_segmenter
 from fediod_med.privacy.calibration import Part, plan_noise
 from fediod_med.privacy.mechanisms import Mechanism
 from fediod_med.privacy.noise import poisson_draw
@@ -36,7 +36,6 @@ from fediod_med.privacy.subspace import public_share
 from fediod_med.privacy.trainable import select_trainable
 from fediod_med.privacy.training import PrivateSchedule, autocast, rate, train_private
 from fediod_med.resources import public_prior
-from fediod_med.runs import STUDENT
 
 Patient = tuple[Tensor, Tensor]
 SPACING, ROI, HELD_OUT, PUBLIC = 4.0, 48, 24, 240

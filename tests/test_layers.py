@@ -71,6 +71,7 @@ SIBLINGS_ALLOWED = (
     "distillation",
     "experiments",
     "federation.flare",
+    "runs",
 )  # packages whose files are one unit
 
 # Packages that are heavy, optional or part of one boundary only, and the modules that may import them.
@@ -82,7 +83,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "nvflare": ("federation.flare",),
     "opacus": ("privacy",),
     "pydicom": ("dicom",),
-    "rich": ("cli", "reporting", "runs"),
+    "rich": ("cli", "reporting"),
     "safetensors": ("checkpoints", "protocol", "comparison"),
     "sklearn": ("experiments",),
     "streamlit": (),

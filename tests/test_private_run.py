@@ -31,7 +31,7 @@ from fediod_med.privacy.gate import Gate, Sealed
 from fediod_med.privacy.mechanisms import Mechanism
 from fediod_med.privacy.records import Head
 from fediod_med.protocol import Query, Reply, SiteFailure, pack, unpack
-from fediod_med.runs import run_distillation
+from fediod_med.runs.distill import run_distillation
 from fediod_med.site_gate import open_gate, site_policy
 from fediod_med.sites import Site, load_site, load_sites
 from fediod_med.teacher import train_teacher

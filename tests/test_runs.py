@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from fediod_med import runs
 from fediod_med.checkpoints import load_weights, read_provenance
 from fediod_med.data.phantoms import Grid, hospital_profiles, write_cohort
 from fediod_med.distillation.settings import Schedule
@@ -19,7 +18,8 @@ from fediod_med.errors import SettingsError
 from fediod_med.export import find_weights
 from fediod_med.hospitals import Hospital
 from fediod_med.privacy.gate import Gate
-from fediod_med.runs import run_distillation
+from fediod_med.runs.distill import run_distillation
+from fediod_med.runs.volumes import scans_to_judge_by
 from fediod_med.sites import Site, load_sites
 
 TINY = Schedule(rounds=2, student_steps=1, checkpoint_every=1)
@@ -113,7 +113,7 @@ def test_a_private_hospital_lends_its_scans_to_no_figure(sites) -> None:
         Hospital(site, Gate.unprotected(site.site_name), torch.nn.Identity(), torch.ones(1, 4), ((scan, scan),), ())
         for site in (open_site, private)
     ]
-    found = runs._scans_to_judge_by(hospitals)
+    found = scans_to_judge_by(hospitals)
     assert list(found["scans"]) == ["h0"] and len(found["scans"]["h0"]) == 2
     assert list(found["withheld"]) == ["h1"] and "dp-sgd" in found["withheld"]["h1"]
 

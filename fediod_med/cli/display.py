@@ -47,7 +47,7 @@ def announce(line: str) -> None:
 
 
 def print_result(result: Any) -> None:
-    """The comparison of a `runs.RunResult` as a table, its privacy and its folder."""
+    """The comparison of a `runs.distill.RunResult` as a table, its privacy and its folder."""
     from rich.console import Console
 
     from fediod_med.reporting import results_table

@@ -37,7 +37,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Three phantom hospitals from nothing to a segmented scan: teachers, distillation, comparison, bundle, figures."""
-    from fediod_med.runs import run_demo
+    from fediod_med.runs.demo import run_demo
 
     with progress_bars(quiet) as progress:
         result = run_demo(
@@ -61,7 +61,7 @@ def phantoms(
     out: Out, cases: Annotated[int, typer.Option(help="Cases per hospital.")] = 12, seed: Seed = 0, quiet: Quiet = False
 ) -> None:
     """Write the phantom hospitals alone: scans in a BraTS layout and their site files. No patient is in them."""
-    from fediod_med.runs import write_phantom_sites
+    from fediod_med.runs.demo import write_phantom_sites
 
     if out.is_dir() and any(out.iterdir()):
         raise SettingsError(f"{out}: expected a new or empty folder; choose another --out")
@@ -79,7 +79,7 @@ def prior(
     quiet: Quiet = False,
 ) -> None:
     """Train the public prior: the student's network on public phantoms only, on no patient."""
-    from fediod_med.runs import run_prior
+    from fediod_med.runs.prior import run_prior
 
     with progress_bars(quiet) as progress:
         path = run_prior(out=out, steps=steps, pool=pool, seed=seed, device=device, progress=progress)
@@ -119,7 +119,7 @@ def distill(
 
     from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule
     from fediod_med.parallel import joined
-    from fediod_med.runs import run_distillation
+    from fediod_med.runs.distill import run_distillation
     from fediod_med.sites import load_sites
 
     with joined(device) as (workers, own_device):
@@ -155,7 +155,7 @@ def _assist(workers: Workers, device: str) -> None:
     """The part of every process but the first. It says nothing: the first has said why it stopped, if it did."""
     import logging
 
-    from fediod_med.runs import assist_distillation
+    from fediod_med.runs.distill import assist_distillation
 
     logging.disable(logging.WARNING)
     try:
