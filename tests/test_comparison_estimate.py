@@ -12,6 +12,7 @@ from fediod_med.comparison.order import chains, longest_first
 from fediod_med.comparison.plan import Plan
 from fediod_med.comparison.profiles import get_profile
 from fediod_med.comparison.run import make_plan
+from fediod_med.comparison.students import recipe
 from fediod_med.comparison.tasks import Task, all_tasks
 from fediod_med.data.sampler import training_grid
 from fediod_med.sites import load_sites
@@ -111,6 +112,16 @@ def test_the_comparison_at_1_mm_fits_half_an_hour_of_one_gpu(plan) -> None:
 def make_plan_rows(plan: Plan) -> tuple[str, ...]:
     """The central rows, by their keys."""
     return make_plan(plan.sites, out=plan.out, profile=plan.profile, folds=2, seeds=[0], rows=CENTRAL).rows
+
+
+def test_a_dearer_discriminator_makes_a_longer_row(plan) -> None:
+    rows = ("ours", "ours_with_spectral", "ours_with_penalty", "ours_with_joint")
+    loads = task_loads(plan, [Task(row, "row", plan.cells[0], subject=row) for row in rows], second=1.0, gpu=False)
+    plain, spectral, penalty, joint = (loads[row].core for row in rows)
+    judged = plan.profile.rounds * recipe("ours", plan.profile).schedule.batch * len(plan.sites)
+    assert [spectral - plain, penalty - plain, joint - plain] == pytest.approx(
+        [0.1 * judged, 1.4 * judged, 2.7 * judged]
+    )
 
 
 def test_windows_over_a_head() -> None:

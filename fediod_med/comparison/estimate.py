@@ -18,17 +18,25 @@ from fediod_med.comparison.order import chains, longest_first
 from fediod_med.comparison.plan import Plan
 from fediod_med.comparison.profiles import Profile
 from fediod_med.comparison.rows import AVERAGING, DISTILLED, SITE
-from fediod_med.comparison.students import recipe
+from fediod_med.comparison.students import Recipe, recipe
 from fediod_med.comparison.tasks import Task, task_done
 from fediod_med.data.sampler import training_grid
 from fediod_med.devices import autocast_over, pick_device
 from fediod_med.distillation.settings import generator_rounds
+from fediod_med.federation.critic_design import CriticDesign
 from fediod_med.networks import STUDENT, build_segmenter
 
 # In training passes: forward and backward of one crop.
 SCAN_PASSES = 8.0  # on a CPU: reading, predicting and scoring one held-out scan at 4 mm
 ANSWER_PASSES = 0.5  # one volume at one hospital: the teacher's answer
-CRITIC_PASSES = 1.0  # the same: a discriminator's step and judgement
+CRITIC_PASSES = 1.0  # the same: a plain discriminator's step and judgement
+DESIGN_COSTS = {
+    "scales": 0.3,
+    "augment": 0.3,
+    "penalty": 1.4,
+    "spectral": 0.1,
+    "joint": 2.7,
+}  # parts of that, beyond it
 EXCHANGE_PASSES = 1.2  # the same: pull-back, and the generator's share
 LOCAL_PASSES = 1.25  # one crop of local training, with augmentation on the same core
 MIRRORS = 8  # images of a volume that an answer averaged over mirrors looks at
@@ -158,7 +166,7 @@ def _passes(plan: Plan, task: Task, *, crop: float, scans: float) -> float:
         judged = profile.rounds if row.generator is not None and row.objective.needs_discriminators else 0
         images = MIRRORS if row.schedule.mirrored else 1
         asked = _asked(task, profile)
-        exchange = images * (ANSWER_PASSES * profile.rounds + EXCHANGE_PASSES * asked) + CRITIC_PASSES * judged
+        exchange = images * (ANSWER_PASSES * profile.rounds + EXCHANGE_PASSES * asked) + _critic_passes(row) * judged
         exchange *= row.schedule.batch * hospitals
         if row.schedule.candidates > 1:
             exchange += ANSWER_PASSES * profile.rounds * row.schedule.batch * row.schedule.candidates
@@ -166,6 +174,12 @@ def _passes(plan: Plan, task: Task, *, crop: float, scans: float) -> float:
             exchange += local
         return exchange + profile.rounds * profile.student_steps * row.schedule.student_batch + scans
     return scans
+
+
+def _critic_passes(row: Recipe) -> float:
+    """A discriminator's step and judgement on one volume, by its design; a third scale would cost next to nothing."""
+    plain, design = dataclasses.asdict(CriticDesign()), dataclasses.asdict(row.critic)
+    return CRITIC_PASSES * (1 + sum(cost for part, cost in DESIGN_COSTS.items() if design[part] != plain[part]))
 
 
 def scan_windows(profile: Profile) -> int:
