@@ -92,6 +92,9 @@ def recipe(key: str, profile: Profile) -> Recipe:
         return ours
     if key == "kd_phantoms":
         return dataclasses.replace(ours, generator=None)
+    if key in ("ours_generations", "kd_generations"):
+        single = recipe(OURS if key == "ours_generations" else "kd_phantoms", profile)
+        return dataclasses.replace(single, generations=min(GENERATIONS, profile.rounds))
     if key == "kd_real":  # teachers know these scans by heart, so their Dice on them says nothing
         objective = dataclasses.replace(ours.objective, competence=0.0)
         return dataclasses.replace(ours, objective=objective, generator=None, volumes="scans")
@@ -276,8 +279,6 @@ def _with(ours: Recipe, part: str, *, values: int) -> Recipe:
     }
     if part in critics:
         return dataclasses.replace(ours, critic=critics[part])
-    if part == "generations":
-        return dataclasses.replace(ours, generations=min(GENERATIONS, ours.schedule.rounds))
     terms: dict[str, Any] = {
         "entropy": {"entropy": ENTROPY_TEMPERATURE},
         "learned": {"learned": LEARNED_STEP, "competence": 0.0},
