@@ -17,7 +17,7 @@ from fediod_med.errors import InputError
 from fediod_med.findings import Finding, Severity
 from fediod_med.lesions import measure_lesions
 from fediod_med.quality import FEATURES, QualityScore
-from fediod_med.reporting import write_preview
+from fediod_med.reporting.case import write_preview
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 
 EVIL = '<script src="http://x.example/a.js">alert(1)</script>"&\'$x_1$'

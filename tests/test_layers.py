@@ -71,6 +71,7 @@ SIBLINGS_ALLOWED = (
     "distillation",
     "experiments",
     "federation.flare",
+    "reporting",
     "runs",
 )  # packages whose files are one unit
 

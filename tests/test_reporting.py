@@ -14,21 +14,12 @@ from rich.console import Console
 from fediod_med.errors import InputError
 from fediod_med.evaluation import SubjectScore, summarise
 from fediod_med.inference import Segmentation
-from fediod_med.reporting import (
-    CLASS_COLOURS,
-    PanelRow,
-    RoundRow,
-    preview,
-    results_markdown,
-    results_table,
-    row_name,
-    write_comparison,
-    write_figures,
-    write_panel,
-    write_preview,
-    write_rounds,
-    write_training_curves,
-)
+from fediod_med.reporting.case import preview, write_preview
+from fediod_med.reporting.charts import write_comparison, write_training_curves
+from fediod_med.reporting.run import write_figures
+from fediod_med.reporting.style import CLASS_COLOURS
+from fediod_med.reporting.tables import results_markdown, results_table, row_name
+from fediod_med.reporting.volumes import PanelRow, RoundRow, write_panel, write_rounds
 
 RAS = np.diag([2.0, 2.0, 2.0, 1.0])
 

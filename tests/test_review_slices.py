@@ -245,7 +245,7 @@ def test_nrrd_is_shown_as_the_same_nifti(tmp_path: Path) -> None:
 
 
 def test_the_palette_is_that_of_the_reports_and_its_colours_differ() -> None:
-    from fediod_med.reporting import CLASS_COLOURS
+    from fediod_med.reporting.style import CLASS_COLOURS
 
     assert CLASS_PALETTE == CLASS_COLOURS
     assert len(set(DIFFERENCE_PALETTE.values())) == 4 and not set(DIFFERENCE_PALETTE.values()) & set(

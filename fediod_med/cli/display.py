@@ -50,7 +50,7 @@ def print_result(result: Any) -> None:
     """The comparison of a `runs.distill.RunResult` as a table, its privacy and its folder."""
     from rich.console import Console
 
-    from fediod_med.reporting import results_table
+    from fediod_med.reporting.tables import results_table
 
     console = Console()
     console.print(results_table(result.summary))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fediod_med.comparison.rows import OURS
 from fediod_med.durable import write_atomically
-from fediod_med.reporting import ACCENT, DPI, INK, NEUTRAL
+from fediod_med.reporting.style import ACCENT, DPI, INK, NEUTRAL
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 
 _SITE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")

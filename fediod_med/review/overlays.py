@@ -17,7 +17,7 @@ from fediod_med.labels import CLASSES, REGION_CLASSES
 from fediod_med.review.volumes import LoadedVolume, require_same_grid
 
 CLASS_PALETTE = {"NCR": "#56B4E9", "ED": "#009E73", "ET": "#E69F00"}
-"""The colours of `reporting.CLASS_COLOURS`, kept here so that no plotting library is loaded; a test compares them."""
+"""Those of `reporting.style.CLASS_COLOURS`, kept here so that no plotting library is loaded; a test compares them."""
 REGION_PALETTE = {"WT": "#009E73", "TC": "#56B4E9", "ET": "#E69F00"}
 """A region has the colour of the class that it adds to the next smaller one; outermost first."""
 DIFFERENCE_PALETTE = {"both": "#999999", "first only": "#0072B2", "second only": "#D55E00", "other class": "#CC79A7"}

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fediod_med import reporting
 from fediod_med.data.nifti import read_label, read_subject
+from fediod_med.reporting.run import write_figures
+from fediod_med.reporting.volumes import PanelRow, RoundRow, write_rounds
 from fediod_med.runs.distilled import Distilled
 from fediod_med.runs.scoring import Case, Predictor
 from fediod_med.runs.volumes import Finals
@@ -37,7 +38,7 @@ def write_run_figures(
         finals: volumes of the final generator; the first is shown.
         banner: what the model may be trusted with.
     """
-    reporting.write_figures(
+    write_figures(
         out / "figures",
         summary=summary,
         # realism of each hospital (`realism:<site>`) is in history.json; the curve shows their mean
@@ -46,36 +47,34 @@ def write_run_figures(
         banner=banner,
     )
     if rounds := read_rounds(out / "synthetic"):
-        reporting.write_rounds(
+        write_rounds(
             out / "figures" / "synthetic.png",
-            [reporting.RoundRow(r.round, r.phantom, r.x, r.labels, r.ensemble, r.affine) for r in rounds],
+            [RoundRow(r.round, r.phantom, r.x, r.labels, r.ensemble, r.affine) for r in rounds],
             title="Synthetic volumes by round, made from public phantoms, radiological view",
             banner=banner,
         )
 
 
-def _panel(
-    done: Distilled, case: Case, predictors: Mapping[str, Predictor], finals: Finals
-) -> list[reporting.PanelRow]:
+def _panel(done: Distilled, case: Case, predictors: Mapping[str, Predictor], finals: Finals) -> list[PanelRow]:
     """The real / synthetic / ensemble / student figure."""
     _, subject, scheme = case
     scan = read_subject(subject)
     truth = "phantom, truth" if done.data_name == "phantoms" else "real, expert"
     return [
-        reporting.PanelRow(truth, scan.array, read_label(subject, scheme), scan.affine),
+        PanelRow(truth, scan.array, read_label(subject, scheme), scan.affine),
         _synthetic_row(done, finals),
         *[
-            reporting.PanelRow(key, scan.array, predictors[key](subject), scan.affine)
+            PanelRow(key, scan.array, predictors[key](subject), scan.affine)
             for key in ("ensemble", "student")
             if key in predictors
         ],
     ]
 
 
-def _synthetic_row(done: Distilled, finals: Finals) -> reporting.PanelRow:
+def _synthetic_row(done: Distilled, finals: Finals) -> PanelRow:
     x, public = next(iter(finals.values()))
     spacing = done.plan.spacing
-    return reporting.PanelRow(
+    return PanelRow(
         "synthetic",
         x.numpy(),
         None if public is None else public.classes[0].numpy(),

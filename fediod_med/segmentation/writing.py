@@ -22,7 +22,7 @@ from fediod_med.labels import get_scheme
 from fediod_med.lesions import measure_lesions
 from fediod_med.quality import QualityScore
 from fediod_med.records import write_json
-from fediod_med.reporting import preview
+from fediod_med.reporting.case import preview
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 from fediod_med.segmentation.options import Model, SegmentOptions
 from fediod_med.segmentation.reading import Loaded
