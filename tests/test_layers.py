@@ -50,6 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "durable",
         "federation.augmentation",
         "federation.critic_design",
+        "generation",
         "labels",
         "pipeline",
         "plain_yaml",

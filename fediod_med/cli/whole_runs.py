@@ -105,6 +105,7 @@ def distill(
     compare: Annotated[bool, typer.Option(help="Also train the rows kd_phantoms and pooled.")] = True,
     pool: Annotated[int, typer.Option(help="Public phantoms the centre draws from.")] = 240,
     encoding: Annotated[str, typer.Option(help="Of replies: fp16, or compact (about a fifth of the bytes).")] = "fp16",
+    generations: Annotated[int, typer.Option(min=1, help="How often teachers train on from the student.")] = 1,
     seed: Seed = 0,
     device: Device = "auto",
     resume: Resume = False,
@@ -119,7 +120,7 @@ def distill(
 
     from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule
     from fediod_med.parallel import joined
-    from fediod_med.runs.distill import run_distillation
+    from fediod_med.runs.generations import run_generations
     from fediod_med.sites import load_sites
 
     with joined(device) as (workers, own_device):
@@ -131,8 +132,9 @@ def distill(
         js_weight = objective.unique if js_weight is None else js_weight
         objective = dataclasses.replace(objective, divergence=divergence, unique=js_weight)
         with progress_bars(quiet) as progress:
-            result = run_distillation(
+            result = run_generations(
                 hospitals,
+                generations=generations,
                 out=out,
                 seed=seed,
                 device=own_device,

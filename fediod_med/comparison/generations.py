@@ -19,10 +19,8 @@ from torch import nn
 from fediod_med.comparison.averaging import Client, serialised_bytes
 from fediod_med.comparison.students import Distilled, Recipe, distil_row
 from fediod_med.data.sampler import PublicSampler
-from fediod_med.errors import SettingsError
+from fediod_med.generation import Generation
 from fediod_med.hospitals import Hospital
-
-OTHER_DRAWS = 7_919  # between the seeds of the phantoms drawn in two generations
 
 
 def distil_generations(
@@ -56,26 +54,24 @@ def distil_generations(
     Raises:
         SettingsError: fewer generations than 1, or more than there are rounds or local steps.
     """
-    most = min(row.schedule.rounds, *(client.steps for client in clients.values()))
-    if not 1 <= row.generations <= most:
-        raise SettingsError(
-            f"generations: expected 1 to {most} (rounds, and local steps of a hospital), found {row.generations}"
-        )
+    generations = [Generation(number, row.generations) for number in range(1, max(1, row.generations) + 1)]
+    rounds = [generation.share(row.schedule.rounds) for generation in generations]
+    steps = {name: [generation.share(client.steps) for generation in generations] for name, client in clients.items()}
     student, down, up = copy.deepcopy(start), Counter[str](), Counter[str]()
-    for number in range(row.generations):
+    for number, generation in enumerate(generations):
         taught = []
         for hospital in hospitals:
-            client, teacher = clients[hospital.site.site_name], copy.deepcopy(student)
-            first, last = (client.steps * n // row.generations for n in (number, number + 1))
-            client.train(teacher, first=first, last=last, rate=1.0, mu=0.0)
+            name, teacher = hospital.site.site_name, copy.deepcopy(student)
+            first, last = steps[name][number]
+            clients[name].train(teacher, first=first, last=last, rate=1.0, mu=0.0)
             taught.append(dataclasses.replace(hospital, teacher=teacher.eval()))
         if number:
             down.update(dict.fromkeys(clients, serialised_bytes(student)))
-        rounds = [row.schedule.rounds * n // row.generations for n in (number, number + 1)]
+        first, last = rounds[number]
         found = distil_row(
-            dataclasses.replace(row, schedule=dataclasses.replace(row.schedule, rounds=rounds[1] - rounds[0])),
+            dataclasses.replace(row, schedule=dataclasses.replace(row.schedule, rounds=last - first)),
             taught,
-            sampler.reseeded(number * OTHER_DRAWS),
+            sampler.reseeded(generation.reseed),
             key=f"{key}-{number}",
             roi=roi,
             seed=seed,

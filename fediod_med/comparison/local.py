@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from fediod_med.data.transforms import augmentation, preprocessing
 from fediod_med.devices import autocast_over
 from fediod_med.resources import bundle_dir
 from fediod_med.sites import Site
-from fediod_med.teacher import labelled, quiet_monai, rehearsal_sampler, training_items
+from fediod_med.teacher import cosine_rate, labelled, quiet_monai, rehearsal_sampler, training_items
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,3 @@ def teacher_loss() -> nn.Module:
         parser.read_config(str(bundle_dir("teacher") / "configs" / "train.yaml"))
         loss: nn.Module = parser.get_parsed_content("loss")
     return loss
-
-
-def cosine_rate(step: int, steps: int) -> float:
-    """Share of the peak rate at a step (from 0), as `teacher.CosineRate`: short warm-up, cosine to 0."""
-    warm_up = max(1, min(50, steps // 10))
-    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fediod_med.comparison.averaging import AveragingPlan, federated_average, proximal_penalty
-from fediod_med.comparison.local import cosine_rate
 from fediod_med.data.layouts import Subject
 from fediod_med.data.partitions import dirichlet
 from fediod_med.distillation.loop import distill
@@ -27,6 +26,7 @@ from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.node import SiteNode
 from fediod_med.networks import Generator, build_classifier
 from fediod_med.privacy.gate import Gate
+from fediod_med.teacher import cosine_rate
 
 NOTHING = GeneratorObjective(
     gan=0.0, clarity=0.0, unique=0.0, mask=0.0, transfer=0.0, realism_weights=False, competence=0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from typing import Any
 
 from fediod_med.baselines import network_predictor, prepare
 from fediod_med.checkpoints import load_segmenter, save_weights
+from fediod_med.data.sampler import PublicSampler
 from fediod_med.devices import pick_device
 from fediod_med.distillation.loop import distill
 from fediod_med.distillation.settings import GeneratorObjective, Schedule
 from fediod_med.evaluation import write_scores
 from fediod_med.export import write_central_bundle
+from fediod_med.generation import Generation
 from fediod_med.hospitals import copy_ledger, privacy_record
 from fediod_med.inference import privacy_banner
 from fediod_med.parallel import ALONE, Workers
@@ -24,6 +27,7 @@ from fediod_med.records import write_json
 from fediod_med.resources import NOT_FOR_CLINICAL_USE, public_prior
 from fediod_med.runs.asking import announce_costs, distil_student, open_hospitals, witness
 from fediod_med.runs.distilled import Distilled
+from fediod_med.runs.earlier import Earlier, total_bytes
 from fediod_med.runs.figures import write_run_figures
 from fediod_med.runs.plan import PHANTOMS_RUN, STUDENT_RUN, RunPlan, agreed_grid, default_objective, require_mode
 from fediod_med.runs.records import claim, distillation_record, run_summary, student_provenance
@@ -68,6 +72,9 @@ def run_distillation(
     progress: Progress = silent,
     announce: Callable[[str], None] = logger.info,
     workers: Workers = ALONE,
+    public: PublicSampler | None = None,
+    generation: Generation | None = None,
+    earlier: Earlier | None = None,
 ) -> RunResult:
     """Distil one student from several hospitals in one process, and write the run folder.
 
@@ -90,6 +97,9 @@ def run_distillation(
         progress: see `Progress`.
         announce: receives what each hospital's privacy will cost, before anything is trained or asked.
         workers: processes that share the generator's and the student's work; they part after the last distillation.
+        public: the phantoms that the centre draws from, see `plan.public_phantoms`; made here when omitted.
+        generation: which of several this run is; it does its share of the local epochs and of the rounds.
+        earlier: what the generation before left.
 
     Raises:
         SettingsError: hospitals or options do not fit together, or the folder is in use.
@@ -101,6 +111,8 @@ def run_distillation(
     check_disjoint(sites)
     schedule = Schedule() if schedule is None else schedule
     workers.require(schedule.student_batch, option="--student-batch")
+    generation = Generation() if generation is None else generation
+    first, last = generation.share(schedule.rounds)
     plan = RunPlan(
         run_id=claim(out, resume=resume),
         spacing=spacing,
@@ -108,9 +120,11 @@ def run_distillation(
         seed=seed,
         mode=mode,
         pool=pool,
-        schedule=schedule,
+        schedule=dataclasses.replace(schedule, rounds=last - first),
         objective=default_objective(mode) if objective is None else objective,
         compare=compare,
+        start="" if earlier is None else str(earlier.student),
+        generation=generation,
     )
     where = pick_device(device)
     clock = Clock()
@@ -121,10 +135,19 @@ def run_distillation(
 
     workers.led(plan.plain)  # the others make the public phantoms meanwhile, which is cheaper than to send them
     with clock("phantoms"):
-        sampler = plan.sampler(progress)
+        sampler = plan.sampler(progress) if public is None else public
     with clock("teachers"):
         hospitals = open_hospitals(
-            sites, gates, out=out, seed=seed, device=device, teachers=teachers, sampler=sampler, progress=progress
+            sites,
+            gates,
+            out=out,
+            seed=seed,
+            device=device,
+            teachers=teachers,
+            sampler=sampler,
+            starts={} if earlier is None else earlier.starts(sites),
+            generation=generation,
+            progress=progress,
         )
     distil = partial(
         distil_student,
@@ -153,7 +176,7 @@ def run_distillation(
         student=student,
         phantom_student=phantom_student,
         privacy={hospital.site.site_name: privacy_record(hospital) for hospital in hospitals},
-        sent={"down": federation.bytes_down, "up": federation.bytes_up},
+        sent=total_bytes(federation, earlier),
         data_name=data_name,
     )
     return _finish(done, out=out, device=device, processes=workers.size, clock=clock, progress=progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ import torch
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule
 from fediod_med.errors import SettingsError
+from fediod_med.generation import Generation
 from fediod_med.networks import STUDENT, Generator, build_segmenter
 from fediod_med.progress import Progress
 from fediod_med.runs.stages import on_count
 from fediod_med.sites import Site
-from fediod_med.teacher import warm_start
+from fediod_med.teacher import start_network
 
 MODES = ("conditional", "unconditional")
 STUDENT_RUN, PHANTOMS_RUN = "student", "kd-phantoms"
@@ -36,6 +37,8 @@ class RunPlan:
         schedule: rounds, steps and rates.
         objective: terms of the generator.
         compare: whether a student of phantoms alone is distilled too.
+        start: weights file that students start from; the public prior when empty.
+        generation: of several that share the rounds; the schedule holds this one's.
     """
 
     run_id: str
@@ -47,6 +50,8 @@ class RunPlan:
     schedule: Schedule
     objective: GeneratorObjective
     compare: bool
+    start: str = ""
+    generation: Generation = field(default_factory=Generation)
 
     def plain(self) -> dict[str, Any]:
         """As plain values; `of` reads them."""
@@ -60,6 +65,7 @@ class RunPlan:
                 **plain,
                 "schedule": Schedule(**plain["schedule"]),
                 "objective": GeneratorObjective(**plain["objective"]),
+                "generation": Generation(**plain["generation"]),
             }
         )
 
@@ -74,21 +80,16 @@ class RunPlan:
 
     def sampler(self, progress: Progress) -> PublicSampler:
         """The public phantoms."""
-        return PublicSampler(
-            spacing=self.spacing,
-            roi=self.roi,
-            count=self.pool,
-            seed=1000 + self.seed,
-            progress=on_count(progress, "public phantoms"),
-        )
+        return public_phantoms(spacing=self.spacing, roi=self.roi, count=self.pool, seed=self.seed, progress=progress)
 
     def arguments(self, student: str, sampler: PublicSampler) -> dict[str, Any]:
         """Of `distill`, with networks made anew: a student with a generator, or one of phantoms alone."""
         torch.manual_seed(self.seed)
         generator = Generator(self.mode, size=self.roi) if student == STUDENT_RUN else None
         torch.manual_seed(self.seed)
+        sampler = sampler.reseeded(self.generation.reseed)
         return {
-            "student": warm_start(build_segmenter(**STUDENT), init="auto", spec=STUDENT),
+            "student": start_network(build_segmenter(**STUDENT), start=self.start, init="auto", spec=STUDENT),
             "generator": generator,
             "sampler": sampler if generator is None or generator.mode == "conditional" else None,
             "objective": self.objective,
@@ -97,6 +98,13 @@ class RunPlan:
             "seed": self.seed,
             "run_id": self.name_of(student),
         }
+
+
+def public_phantoms(*, spacing: float, roi: int, count: int, seed: int, progress: Progress) -> PublicSampler:
+    """The phantoms that the centre of a run draws from; `seed` is the run's."""
+    return PublicSampler(
+        spacing=spacing, roi=roi, count=count, seed=1000 + seed, progress=on_count(progress, "public phantoms")
+    )
 
 
 def require_mode(mode: str) -> None:
