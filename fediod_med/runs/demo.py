@@ -19,7 +19,7 @@ from fediod_med.segmentation.options import SegmentOptions, load_model
 from fediod_med.segmentation.steps import CaseSegmenter
 from fediod_med.sites import load_sites
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 DEMO_CASES = 12
 PRIVATE_DEMO_CASES = 32  # a budget of 8 drowns a hospital of 9 patients in noise

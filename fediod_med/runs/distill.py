@@ -37,7 +37,7 @@ from fediod_med.runs.volumes import write_quality, write_synthetic_volumes
 from fediod_med.site_gate import open_gate
 from fediod_med.sites import Site, check_disjoint
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 @dataclass(frozen=True)
