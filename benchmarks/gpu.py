@@ -38,8 +38,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fediod_med import sliding
 from fediod_med.checkpoints import Provenance
 from fediod_med.comparison.local import teacher_loss
-from fediod_med.data.nifti import Volume
 from fediod_med.data.sampler import PublicSampler
+from fediod_med.data.scans import Volume
 from fediod_med.data.transforms import normalise, to_working_grid
 from fediod_med.devices import SMALLEST_REDUCED, autocast_dtype, autocast_over, pick_device
 from fediod_med.distillation.loop import distill

@@ -37,7 +37,8 @@ from torch import nn
 
 from fediod_med.checkpoints import Provenance, load_segmenter
 from fediod_med.data.layouts import Subject, find_subject
-from fediod_med.data.nifti import read_label, read_subject, write_segmentation
+from fediod_med.data.nifti.reading import read_label, read_subject
+from fediod_med.data.nifti.writing import write_segmentation
 from fediod_med.data.transforms import normalise, to_working_grid
 from fediod_med.export import find_weights
 from fediod_med.inference import (

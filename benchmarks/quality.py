@@ -23,7 +23,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from fediod_med.checkpoints import load_segmenter
 from fediod_med.data.layouts import find_subjects
-from fediod_med.data.nifti import read_label, read_subject
+from fediod_med.data.nifti.reading import read_label, read_subject
 from fediod_med.data.phantoms import PUBLIC_PRIOR, Grid, hospital_profiles, load_anatomy, simulate
 from fediod_med.data.transforms import normalise, to_native, to_working_grid
 from fediod_med.inference import default_roi, predict_probabilities

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fediod_med.checkpoints import Provenance, load_segmenter
 from fediod_med.data.layouts import Subject
-from fediod_med.data.nifti import read_subject
+from fediod_med.data.nifti.reading import read_subject
 from fediod_med.data.partitions import patient_id
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.data.transforms import preprocessing

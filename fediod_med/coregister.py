@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fediod_med.data.nifti import GEOMETRY_TOLERANCE_MM, Scan, Volume, corner_distance
+from fediod_med.data.grids import GEOMETRY_TOLERANCE_MM, corner_distance
+from fediod_med.data.scans import Scan, Volume
 from fediod_med.errors import InputError, SettingsError
 from fediod_med.findings import Finding, finding
 from fediod_med.labels import SEQUENCES

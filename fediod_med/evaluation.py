@@ -23,7 +23,7 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 
 from fediod_med.data.layouts import Subject, find_subjects
-from fediod_med.data.nifti import read_label
+from fediod_med.data.nifti.reading import read_label
 from fediod_med.durable import write_atomically
 from fediod_med.errors import GeometryError, InputError, SettingsError
 from fediod_med.labels import REGIONS, SEQUENCES, LabelScheme

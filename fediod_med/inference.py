@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from fediod_med.checkpoints import Provenance
 from fediod_med.data.layouts import Subject, find_cases
-from fediod_med.data.nifti import Volume, read_subject, write_segmentation
+from fediod_med.data.nifti.reading import read_subject
+from fediod_med.data.nifti.writing import write_segmentation
+from fediod_med.data.scans import Volume
 from fediod_med.data.transforms import normalise, to_native, to_working_grid
 from fediod_med.devices import autocast_over
 from fediod_med.durable import write_atomically

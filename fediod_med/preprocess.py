@@ -21,7 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fediod_med.data.nifti import GEOMETRY_TOLERANCE_MM, Scan, Volume, corner_distance, read_scan, write_volumes
+from fediod_med.data.grids import GEOMETRY_TOLERANCE_MM, corner_distance
+from fediod_med.data.nifti.reading import read_scan
+from fediod_med.data.nifti.writing import write_volumes
+from fediod_med.data.scans import Scan, Volume
 from fediod_med.errors import GeometryError, InputError, SettingsError
 from fediod_med.labels import SEQUENCES
 

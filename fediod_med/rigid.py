@@ -16,7 +16,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from fediod_med.data.nifti import Scan
+from fediod_med.data.scans import Scan
 from fediod_med.errors import InputError
 from fediod_med.metrics import bounding_box
 

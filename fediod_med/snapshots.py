@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fediod_med.data.nifti import write_label_map, write_volumes
+from fediod_med.data.nifti.writing import write_label_map, write_volumes
 from fediod_med.data.sampler import PublicBatch, upright
 from fediod_med.labels import get_scheme
 

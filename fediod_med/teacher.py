@@ -24,7 +24,7 @@ from torch.utils.data import WeightedRandomSampler
 
 from fediod_med.checkpoints import Provenance, current_commit, load_into, load_weights, save_weights
 from fediod_med.data.layouts import Subject
-from fediod_med.data.nifti import read_label
+from fediod_med.data.nifti.reading import read_label
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.errors import FediodError, SettingsError
 from fediod_med.generation import Generation

@@ -1,6 +1,7 @@
 """Where a prediction is unsure, and where several predictions disagree, voxel by voxel.
 
-Both maps are in nats and lie on the grid of the probabilities; `data.nifti.write_volumes` writes them as float32.
+Both maps are in nats and lie on the grid of the probabilities; `data.nifti.writing.write_volumes` writes
+them as float32.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from fediod_med.auditing import (
     statements,
 )
 from fediod_med.checkpoints import Provenance, save_weights
-from fediod_med.data.nifti import write_volumes
+from fediod_med.data.nifti.writing import write_volumes
 from fediod_med.data.phantoms import Grid, load_anatomy, write_cohort
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.data.transforms import preprocessing

@@ -20,7 +20,7 @@ from fediod_med.checks.case import inspect_subject
 from fediod_med.checks.pairs import mutual_information
 from fediod_med.cli.main import command_line
 from fediod_med.data.layouts import Subject, find_cases, find_subject
-from fediod_med.data.nifti import write_segmentation
+from fediod_med.data.nifti.writing import write_segmentation
 from fediod_med.data.phantoms import Grid, hospital_profiles, write_cohort
 from fediod_med.errors import FediodError
 from fediod_med.findings import CATALOGUE, Severity, as_json, fatal

@@ -10,8 +10,8 @@ from scipy.spatial.transform import Rotation
 from fediod_med.coregister import Coregistered, coregister
 from fediod_med.data.itk_formats import read_scans
 from fediod_med.data.layouts import find_subject
-from fediod_med.data.nifti import Scan
 from fediod_med.data.phantoms import Grid, Phantom, load_anatomy, simulate
+from fediod_med.data.scans import Scan
 from fediod_med.errors import InputError, SettingsError
 from fediod_med.labels import SEQUENCES
 from fediod_med.rigid import find_motion, head_of, resample_classes, resample_scan

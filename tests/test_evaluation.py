@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fediod_med.data.layouts import Subject
-from fediod_med.data.nifti import write_segmentation, write_volumes
+from fediod_med.data.nifti.writing import write_segmentation, write_volumes
 from fediod_med.errors import GeometryError, InputError, LabelError, SettingsError
 from fediod_med.evaluation import (
     FolderEvaluation,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fediod_med.checkpoints import Provenance
 from fediod_med.data.layouts import Subject, find_cases
-from fediod_med.data.nifti import write_volumes
+from fediod_med.data.nifti.writing import write_volumes
 from fediod_med.data.phantoms import Grid, write_cohort
 from fediod_med.data.transforms import to_native
 from fediod_med.devices import autocast_dtype

@@ -13,7 +13,9 @@ from scipy.spatial.transform import Rotation
 
 from fediod_med.data.itk_formats import read_any_scan, read_scans
 from fediod_med.data.layouts import Subject, find_cases, find_subject
-from fediod_med.data.nifti import on_one_grid, read_scan, read_subject, write_label_map, write_volumes
+from fediod_med.data.nifti.reading import read_scan, read_subject
+from fediod_med.data.nifti.writing import write_label_map, write_volumes
+from fediod_med.data.scans import on_one_grid
 from fediod_med.errors import GeometryError, InputError, LabelError
 from fediod_med.labels import SCHEMES, SEQUENCES
 

@@ -15,7 +15,7 @@ from scipy.spatial.distance import pdist
 from skimage.measure import marching_cubes
 
 from fediod_med.data.layouts import find_subjects
-from fediod_med.data.nifti import read_label, read_subject
+from fediod_med.data.nifti.reading import read_label, read_subject
 from fediod_med.errors import GeometryError
 from fediod_med.labels import REGIONS, get_scheme
 from fediod_med.lesions import (

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff
 from scipy.spatial.transform import Rotation
 
+from fediod_med.data.grids import corner_distance
 from fediod_med.data.layouts import Subject, find_subject, find_subjects
-from fediod_med.data.nifti import corner_distance, read_label, read_subject, write_segmentation, write_volumes
+from fediod_med.data.nifti.reading import read_label, read_subject
+from fediod_med.data.nifti.writing import write_segmentation, write_volumes
 from fediod_med.errors import FediodError, GeometryError, InputError, LabelError
 from fediod_med.labels import SCHEMES, SEQUENCES, from_classes
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fediod_med.data.nifti import Volume
+from fediod_med.data.scans import Volume
 from fediod_med.errors import FediodError, GeometryError, InputError, SettingsError
 from fediod_med.preprocess import PreprocessCommand, parse_command, preprocess
 

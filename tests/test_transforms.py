@@ -15,7 +15,7 @@ from monai.transforms import Compose, RandCropByPosNegLabeld
 from monai.transforms.utils import map_binary_to_indices
 
 from fediod_med.data.layouts import Subject, find_subject
-from fediod_med.data.nifti import write_segmentation, write_volumes
+from fediod_med.data.nifti.writing import write_segmentation, write_volumes
 from fediod_med.data.transforms import (
     DIVISOR,
     CropPlacesd,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fediod_med import uncertainty
-from fediod_med.data.nifti import write_volumes
+from fediod_med.data.nifti.writing import write_volumes
 from fediod_med.errors import InputError
 from fediod_med.losses import teacher_divergence
 from fediod_med.uncertainty import class_entropy, teacher_disagreement

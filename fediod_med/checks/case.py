@@ -12,7 +12,8 @@ from fediod_med.checks.pairs import grid_pairs, identity_pairs, register_finding
 from fediod_med.checks.values import grid_findings, value_findings
 from fediod_med.data.itk_formats import read_any_scan
 from fediod_med.data.layouts import Subject
-from fediod_med.data.nifti import Scan, Volume, on_one_grid, read_label
+from fediod_med.data.nifti.reading import read_label
+from fediod_med.data.scans import Scan, Volume, on_one_grid
 from fediod_med.errors import GeometryError, InputError, LabelError
 from fediod_med.findings import Finding, fatal, finding
 from fediod_med.labels import SEQUENCES, LabelScheme

@@ -13,8 +13,9 @@ import nibabel
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
+from fediod_med.data.grids import GEOMETRY_TOLERANCE_MM, corner_distance
 from fediod_med.data.itk_formats import is_itk_format
-from fediod_med.data.nifti import GEOMETRY_TOLERANCE_MM, corner_distance, qform_of
+from fediod_med.data.nifti.headers import qform_of
 from fediod_med.findings import Finding, finding
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
 

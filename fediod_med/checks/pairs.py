@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from nibabel.affines import voxel_sizes
 
-from fediod_med.data.nifti import GEOMETRY_TOLERANCE_MM, Scan, corner_distance
+from fediod_med.data.grids import GEOMETRY_TOLERANCE_MM, corner_distance
+from fediod_med.data.scans import Scan
 from fediod_med.errors import InputError
 from fediod_med.findings import Finding, finding
 from fediod_med.labels import SEQUENCES

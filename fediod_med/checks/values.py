@@ -9,7 +9,7 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import aff2axcodes
 
-from fediod_med.data.nifti import Scan
+from fediod_med.data.scans import Scan
 from fediod_med.findings import Finding, finding
 
 BRATS_SHAPE = (240, 240, 155)

@@ -36,7 +36,7 @@ def init(hospital: str, sites: SitesDir = Path("sites")) -> None:
 
 def verify(hospital: str, sites: SitesDir = Path("sites"), data_root: DataRoot = None) -> None:
     """Check a site file and read every scan and label map of the hospital; nothing is trained or written."""
-    from fediod_med.data.nifti import read_label, read_subject
+    from fediod_med.data.nifti.reading import read_label, read_subject
     from fediod_med.labels import get_scheme
     from fediod_med.sites import load_site
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from fediod_med.data.layouts import Subject
-from fediod_med.data.nifti import Scan, checked_scan, read_scan
+from fediod_med.data.nifti.reading import read_scan
+from fediod_med.data.scans import Scan, checked_scan
 from fediod_med.errors import GeometryError, InputError
 from fediod_med.labels import SEQUENCES
 

@@ -35,7 +35,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from fediod_med.data.layouts import Subject
-from fediod_med.data.nifti import read_label, read_subject
+from fediod_med.data.nifti.reading import read_label, read_subject
 from fediod_med.errors import InputError, SettingsError
 from fediod_med.labels import CLASSES, get_scheme
 
@@ -52,7 +52,7 @@ class LoadSubjectd(Transform):
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Load one subject; errors as in `nifti.read_subject` and `nifti.read_label`."""
+        """Load one subject; errors as in `nifti.reading.read_subject` and `read_label`."""
         subject: Subject = data["subject"]
         volume = read_subject(subject)
         affine = torch.as_tensor(volume.affine)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fediod_med.data.nifti import GEOMETRY_TOLERANCE_MM, Scan, Volume, checked_scan, corner_distance, on_one_grid
+from fediod_med.data.grids import GEOMETRY_TOLERANCE_MM, corner_distance
+from fediod_med.data.scans import Scan, Volume, checked_scan, on_one_grid
 from fediod_med.dicom.headers import load_pydicom, number, read_file, value
 from fediod_med.dicom.series import DicomSeries
 from fediod_med.dicom.study import Study

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fediod_med.data.nifti import read_label, read_subject
+from fediod_med.data.nifti.reading import read_label, read_subject
 from fediod_med.reporting.run import write_figures
 from fediod_med.reporting.volumes import PanelRow, RoundRow, write_rounds
 from fediod_med.runs.distilled import Distilled

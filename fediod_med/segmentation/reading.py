@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fediod_med.checks.case import inspect_scans, inspect_subject
 from fediod_med.checks.values import value_findings
 from fediod_med.coregister import Coregistered, coregister
-from fediod_med.data.nifti import Scan, Volume
+from fediod_med.data.scans import Scan, Volume
 from fediod_med.errors import SettingsError
 from fediod_med.findings import Finding, RefusedInput, fatal, finding
 from fediod_med.labels import SEQUENCES

@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 
 from fediod_med import __version__
 from fediod_med.case_report import CaseReport, write_html, write_png
-from fediod_med.data.nifti import write_label_map, write_segmentation, write_volumes
+from fediod_med.data.nifti.writing import write_label_map, write_segmentation, write_volumes
 from fediod_med.data.transforms import to_native
 from fediod_med.findings import Finding
 from fediod_med.inference import Segmentation, case_statistics, privacy_banner, volumes_ml
