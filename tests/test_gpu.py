@@ -595,7 +595,7 @@ def test_windows_shrink_when_the_gpu_really_has_no_memory_left() -> None:
         return torch.cuda.max_memory_reserved()
 
     needs(32)  # libraries load before the limit
-    # The logits of a window of 160 take 65 MB in float32, so it cannot fit into what windows of 32 need and half of that.
+    # The logits of a window of 160 take 65 MB in float32: it cannot fit into what windows of 32 need and half of that.
     # What a window of 160 was seen to take is no measure: the allocator keeps what it could give back.
     limit = needs(32) + 32 * 2**20
     torch.cuda.empty_cache()
