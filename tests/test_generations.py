@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from fediod_med.sites import Site, load_sites
 from fediod_med.teacher import cosine_rate, train_teacher
 
 TINY = Schedule(rounds=3, student_steps=1, checkpoint_every=1)
-QUICK: dict[str, Any] = {"schedule": TINY, "pool": 3, "data_name": "phantoms", "device": "cpu", "compare": False}
+QUICK: dict[str, Any] = {"schedule": TINY, "pool": 3, "data_name": "phantoms", "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def sites(tmp_path_factory) -> tuple[Site, ...]:
 @pytest.fixture(scope="module")
 def finished(sites, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
-    run_generations(sites, generations=3, out=out, **QUICK)
+    run_generations(partial(run_distillation, sites, **QUICK), generations=3, out=out, compare=False)
     return out
 
 
@@ -160,14 +161,7 @@ def test_bytes_count_all_generations_and_the_students_that_went_down(finished) -
 
 def test_an_interrupted_run_of_generations_continues_with_equal_weights(sites, finished, tmp_path) -> None:
     out = tmp_path / "out"
-    options = {
-        "generations": 3,
-        "schedule": TINY,
-        "pool": 3,
-        "data_name": "phantoms",
-        "device": "cpu",
-        "compare": False,
-    }
+    options: dict[str, Any] = {"generations": 3, "out": out, "compare": False}
     stages: list[str] = []
 
     def stop_in_the_second(stage: str, done: int, total: int, detail: str) -> None:
@@ -176,20 +170,20 @@ def test_an_interrupted_run_of_generations_continues_with_equal_weights(sites, f
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_generations(sites, out=out, progress=stop_in_the_second, **options)
+        run_generations(partial(run_distillation, sites, **QUICK, progress=stop_in_the_second), **options)
     assert (out / "generation-1" / "summary.json").is_file() and not (out / "generation-2" / "summary.json").exists()
     first = (out / "generation-1" / "summary.json").stat().st_mtime_ns
     with pytest.raises(SettingsError, match="--resume"):
-        run_generations(sites, out=out, **options)
-    run_generations(sites, out=out, resume=True, **options)
+        run_generations(partial(run_distillation, sites, **QUICK), **options)
+    run_generations(partial(run_distillation, sites, **QUICK), resume=True, **options)
     assert (out / "generation-1" / "summary.json").stat().st_mtime_ns == first
     assert equal(weights(out / "student.safetensors"), weights(finished / "student.safetensors"))
 
 
 @pytest.mark.slow
 def test_one_generation_is_a_plain_run(sites, tmp_path) -> None:
-    run_generations(sites, generations=1, out=tmp_path / "one", **QUICK)
-    run_distillation(sites, out=tmp_path / "plain", **QUICK)
+    run_generations(partial(run_distillation, sites, **QUICK), generations=1, out=tmp_path / "one", compare=False)
+    run_distillation(sites, out=tmp_path / "plain", compare=False, **QUICK)
     assert equal(*(weights(tmp_path / name / "student.safetensors") for name in ("one", "plain")))
 
 
@@ -207,5 +201,5 @@ def test_what_generations_cannot_do_is_refused_before_anything_is_written(
 ) -> None:
     asked = [dataclasses.replace(site, **changes) for site in sites]
     with pytest.raises(SettingsError, match=words):
-        run_generations(asked, **{"generations": 3, "out": tmp_path / "out", "schedule": TINY, **options})
+        run_generations(partial(run_distillation, asked, **{**QUICK, **options}), generations=3, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

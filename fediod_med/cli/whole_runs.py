@@ -117,9 +117,11 @@ def distill(
     the work on the student and the generator; the result is that of one process up to rounding.
     """
     import dataclasses
+    from functools import partial
 
     from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule
     from fediod_med.parallel import joined
+    from fediod_med.runs.distill import run_distillation
     from fediod_med.runs.generations import run_generations
     from fediod_med.sites import load_sites
 
@@ -132,10 +134,9 @@ def distill(
         js_weight = objective.unique if js_weight is None else js_weight
         objective = dataclasses.replace(objective, divergence=divergence, unique=js_weight)
         with progress_bars(quiet) as progress:
-            result = run_generations(
+            one = partial(
+                run_distillation,
                 hospitals,
-                generations=generations,
-                out=out,
                 seed=seed,
                 device=own_device,
                 schedule=Schedule(rounds=rounds, batch=batch, student_batch=student_batch, encoding=encoding),
@@ -143,12 +144,11 @@ def distill(
                 objective=objective,
                 pool=pool,
                 teachers=teachers,
-                compare=compare,
-                resume=resume,
                 progress=progress,
                 announce=announce,
                 workers=workers,
             )
+            result = run_generations(one, generations=generations, out=out, compare=compare, resume=resume)
     print_result(result)
     typer.echo(f"Next: fediod segment -i CASE_FOLDER -o out --model {out}")
 

@@ -29,7 +29,15 @@ from fediod_med.runs.asking import announce_costs, distil_student, open_hospital
 from fediod_med.runs.distilled import Distilled
 from fediod_med.runs.earlier import Earlier, total_bytes
 from fediod_med.runs.figures import write_run_figures
-from fediod_med.runs.plan import PHANTOMS_RUN, STUDENT_RUN, RunPlan, agreed_grid, default_objective, require_mode
+from fediod_med.runs.plan import (
+    PHANTOMS_RUN,
+    STUDENT_RUN,
+    RunPlan,
+    agreed_grid,
+    default_objective,
+    require_generation,
+    require_mode,
+)
 from fediod_med.runs.records import claim, distillation_record, run_summary, student_provenance
 from fediod_med.runs.scoring import cases_of, pooled_network, row_predictors, score_rows
 from fediod_med.runs.stages import Clock
@@ -48,11 +56,13 @@ class RunResult:
         out: the run folder.
         summary: the content of `summary.json`.
         bundle: the central bundle.
+        public: the phantoms that the centre drew from.
     """
 
     out: Path
     summary: Mapping[str, Any]
     bundle: Path
+    public: PublicSampler
 
 
 def run_distillation(
@@ -97,7 +107,7 @@ def run_distillation(
         progress: see `Progress`.
         announce: receives what each hospital's privacy will cost, before anything is trained or asked.
         workers: processes that share the generator's and the student's work; they part after the last distillation.
-        public: the phantoms that the centre draws from, see `plan.public_phantoms`; made here when omitted.
+        public: the phantoms that the centre draws from, of an earlier generation; made here when omitted.
         generation: which of several this run is; it does its share of the local epochs and of the rounds.
         earlier: what the generation before left.
 
@@ -112,6 +122,7 @@ def run_distillation(
     schedule = Schedule() if schedule is None else schedule
     workers.require(schedule.student_batch, option="--student-batch")
     generation = Generation() if generation is None else generation
+    require_generation(generation, sites, schedule, given=teachers is not None, processes=workers.size)
     first, last = generation.share(schedule.rounds)
     plan = RunPlan(
         run_id=claim(out, resume=resume),
@@ -248,4 +259,4 @@ def _finish(done: Distilled, *, out: Path, device: str, processes: int, clock: C
     write_json(out / "summary.json", summary)
     record = distillation_record(done, held_out, device=str(where), processes=processes, seconds=clock.seconds)
     write_json(out / "run.json", record)
-    return RunResult(out, summary, bundle)
+    return RunResult(out, summary, bundle, done.sampler)

@@ -80,7 +80,13 @@ class RunPlan:
 
     def sampler(self, progress: Progress) -> PublicSampler:
         """The public phantoms."""
-        return public_phantoms(spacing=self.spacing, roi=self.roi, count=self.pool, seed=self.seed, progress=progress)
+        return PublicSampler(
+            spacing=self.spacing,
+            roi=self.roi,
+            count=self.pool,
+            seed=1000 + self.seed,
+            progress=on_count(progress, "public phantoms"),
+        )
 
     def arguments(self, student: str, sampler: PublicSampler) -> dict[str, Any]:
         """Of `distill`, with networks made anew: a student with a generator, or one of phantoms alone."""
@@ -100,17 +106,39 @@ class RunPlan:
         }
 
 
-def public_phantoms(*, spacing: float, roi: int, count: int, seed: int, progress: Progress) -> PublicSampler:
-    """The phantoms that the centre of a run draws from; `seed` is the run's."""
-    return PublicSampler(
-        spacing=spacing, roi=roi, count=count, seed=1000 + seed, progress=on_count(progress, "public phantoms")
-    )
-
-
 def require_mode(mode: str) -> None:
     """Refuse a mode that no generator has; `SettingsError`."""
     if mode not in MODES:
         raise SettingsError(f"mode: expected {' or '.join(MODES)}, found {mode!r}")
+
+
+def require_generation(
+    generation: Generation, sites: Sequence[Site], schedule: Schedule, *, given: bool, processes: int
+) -> None:
+    """Refuse, as `SettingsError`, what one of several generations cannot do.
+
+    Args:
+        generation: asked for.
+        sites: hospitals.
+        schedule: of all generations together.
+        given: whether trained teachers are given.
+        processes: that share the work.
+    """
+    if generation.of == 1:
+        return
+    if private := [site.site_name for site in sites if site.private]:
+        raise SettingsError(
+            f"--generations {generation.of}: {', '.join(private)} promises privacy, and a training is charged in full "
+            f"each time; use --generations 1"
+        )
+    if given or processes > 1:
+        raise SettingsError(
+            f"--generations {generation.of}: expected one process, and no --teachers, because each generation trains "
+            f"them; found {processes}, and {'some' if given else 'none'}"
+        )
+    generation.share(schedule.rounds)
+    for site in sites:
+        generation.share(site.epochs)
 
 
 def agreed_grid(sites: Sequence[Site]) -> tuple[float, int]:
