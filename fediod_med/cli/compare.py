@@ -23,7 +23,10 @@ def compare(
     folds: Annotated[int, typer.Option(min=2, help="Each patient is tested once per seed.")] = 3,
     seeds: Annotated[str, typer.Option(help="Repetitions, such as '0 1 2'.")] = "0 1 2",
     rows: Annotated[
-        str, typer.Option(help="Rows or patterns, such as 'ours* fedavg site:*'; all but ours_with_* when empty.")
+        str,
+        typer.Option(
+            help="Rows or patterns, such as 'ours* fedavg site:*'; all but ours_with_*, *_generations if empty."
+        ),
     ] = "",
     teachers: Annotated[str, typer.Option(help="shared (one network everywhere) or as-sites (their own).")] = "shared",
     data_name: Annotated[str, typer.Option(help="patients or phantoms; beside every score.")] = "patients",

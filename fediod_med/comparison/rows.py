@@ -38,6 +38,8 @@ ADDITIONS = (
     "joint",
 )
 """What `ours` is run with beyond its defaults, one at a time; a part becomes a default only if this table says so."""
+IN_GENERATIONS = ("kd_generations", "ours_generations")
+"""The rows whose teachers train on from the student."""
 DISTILLED = (
     "kd_phantoms",
     "kd_generations",
@@ -154,14 +156,15 @@ def all_rows(site_names: Sequence[str]) -> tuple[str, ...]:
 def chosen_rows(patterns: Sequence[str], site_names: Sequence[str]) -> tuple[str, ...]:
     """Rows that match any of the patterns (`ours*`, `site:*`), in their usual order.
 
-    Without a pattern the comparison itself: all of them but the additions to `ours`, which are asked for by name.
+    Without a pattern the comparison itself: all of them but the additions to `ours` and the rows in generations, which
+    are asked for by name.
 
     Raises:
         SettingsError: a pattern matches nothing.
     """
     known = all_rows(site_names)
     if not patterns:
-        return tuple(row for row in known if not row.startswith(WITH))
+        return tuple(row for row in known if not row.startswith(WITH) and row not in IN_GENERATIONS)
     wanted = [ALIASES.get(pattern, pattern) for pattern in patterns]
     for pattern in wanted:
         if not any(fnmatchcase(row, pattern) for row in known):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fediod_med.comparison.ensembles import ENTROPY_TEMPERATURE
 from fediod_med.comparison.profiles import Profile
-from fediod_med.comparison.rows import DISTILLED, OURS, WITH, WITHOUT
+from fediod_med.comparison.rows import DISTILLED, IN_GENERATIONS, OURS, WITH, WITHOUT
 from fediod_med.data.sampler import PublicBatch, PublicSampler, pad_to
 from fediod_med.distillation.learning import REHEARSAL_DRAWS
 from fediod_med.distillation.loop import distill
@@ -92,7 +92,7 @@ def recipe(key: str, profile: Profile) -> Recipe:
         return ours
     if key == "kd_phantoms":
         return dataclasses.replace(ours, generator=None)
-    if key in ("ours_generations", "kd_generations"):
+    if key in IN_GENERATIONS:
         single = recipe(OURS if key == "ours_generations" else "kd_phantoms", profile)
         return dataclasses.replace(single, generations=min(GENERATIONS, profile.rounds))
     if key == "kd_real":  # teachers know these scans by heart, so their Dice on them says nothing
