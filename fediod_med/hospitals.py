@@ -25,7 +25,6 @@ from fediod_med.federation.critic import Critic, PlainCritic, PrivateCritic
 from fediod_med.federation.critic_design import CriticDesign
 from fediod_med.federation.embedded import EmbeddedFederation
 from fediod_med.federation.node import SiteNode
-from fediod_med.generation import Generation
 from fediod_med.privacy.accounting import epsilon_report, rdp_epsilon
 from fediod_med.privacy.discriminator import DiscriminatorPlan
 from fediod_med.privacy.gate import Gate, digest_of
@@ -68,8 +67,6 @@ def open_hospital(
     sampler: PublicSampler | None,
     on_epoch: Callable[[int, int, float], None],
     on_step: Callable[[int, int], None],
-    start: Path | None = None,
-    generation: Generation | None = None,
 ) -> Hospital:
     """Find or train the teacher, read the scans.
 
@@ -83,8 +80,6 @@ def open_hospital(
         sampler: phantoms for rehearsal; not needed with `teachers`.
         on_epoch: receives (epoch, epochs, loss) of a training that is not private.
         on_step: receives (step, steps) of a private one.
-        start: weights that a teacher trained here starts from, see `teacher.train_teacher`.
-        generation: the part of its training, see there.
 
     Raises:
         SettingsError: a teacher is missing or works on another grid.
@@ -106,8 +101,6 @@ def open_hospital(
             on_epoch=on_epoch,
             on_step=on_step,
             gate=gate,
-            start=start,
-            generation=generation,
         )
     teacher, provenance = load_segmenter(trained)
     if provenance.spacing != site.spacing:

@@ -27,7 +27,6 @@ from fediod_med.data.layouts import Subject
 from fediod_med.data.nifti.reading import read_label
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.errors import FediodError, SettingsError
-from fediod_med.generation import Generation
 from fediod_med.labels import LabelScheme, get_scheme
 from fediod_med.privacy.gate import Gate
 from fediod_med.resources import bundle_dir, public_prior
@@ -118,31 +117,6 @@ def warm_start(network: nn.Module, *, init: str, spec: Mapping[str, Any]) -> nn.
     return network
 
 
-def start_network(network: nn.Module, *, start: str, init: str, spec: Mapping[str, Any]) -> nn.Module:
-    """Load what a training starts from, in place: the weights in `start`, or `init` where it is empty.
-
-    Args:
-        network: just built from `spec`.
-        start: `.safetensors` file, such as the central student.
-        init: see `warm_start`.
-        spec: keywords of `networks.build_segmenter`.
-
-    Raises:
-        SettingsError: the weights are of another architecture.
-        WeightsError: no weights, or damaged ones.
-    """
-    if not start:
-        return warm_start(network, init=init, spec=spec)
-    weights, provenance = load_weights(Path(start))
-    if dict(provenance.network) != dict(spec):
-        raise SettingsError(
-            f"{start}: expected weights of a {dict(spec)}, found a {dict(provenance.network)}; choose the same "
-            f"backbone, width and depth, or start elsewhere"
-        )
-    load_into(network, weights, Path(start))
-    return network
-
-
 def public_pool(*, rehearsal: float, spacing: float, roi: int, count: int, seed: int) -> PublicSampler | None:
     """Phantoms for rehearsal, or `None` when no share of the draw is public."""
     if rehearsal == 0:
@@ -176,11 +150,11 @@ def rehearsal_sampler(dataset: Dataset, *, rehearsal: float, draws: int, seed: i
 class CosineRate:
     """Handler: learning rate from `peak` to 0 over the whole schedule, each step, after a short linear warm-up."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, peak: float, steps: int, first: int = 0) -> None:
-        """`steps`: of the whole training; `first`: those of them that an earlier generation has made."""
+    def __init__(self, optimizer: torch.optim.Optimizer, *, peak: float, steps: int) -> None:
+        """`steps`: of the whole training."""
         for group in optimizer.param_groups:
             group["lr"] = peak  # the schedule takes its base from here, and sets the rate of the first step
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(first + step, steps))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(step, steps))
 
     def attach(self, engine: Engine) -> None:
         """Step after each iteration."""
@@ -251,7 +225,6 @@ class WeightsSaver:
         privacy_mode: str,
         seed: int,
         steps: int,
-        first: int = 0,
         kind: str = "teacher",
         trained_on: str = "patients of one hospital",
     ) -> None:
@@ -267,7 +240,7 @@ class WeightsSaver:
             privacy={site_name: {"mode": privacy_mode, "epsilon": None, "delta": None}},
             trained_on=trained_on,
             seed=seed,
-            settings={"roi": roi, "steps": steps, **({"earlier_steps": first} if first else {})},
+            settings={"roi": roi, "steps": steps},
             commit=current_commit(),
         )
 
@@ -292,8 +265,6 @@ def train_teacher(
     on_epoch: Callable[[int, int, float], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     gate: Gate | None = None,
-    start: Path | None = None,
-    generation: Generation | None = None,
 ) -> Path:
     """Train one hospital's teacher by running its bundle in this process.
 
@@ -310,9 +281,6 @@ def train_teacher(
         on_epoch: receives (epoch, epochs, loss); never called in a private training.
         on_step: receives (step, steps) of a private training.
         gate: of the site, for a private training; opened by the bundle when omitted.
-        start: weights to go on from instead of the site's `init`, such as the central student.
-        generation: which part of the site's epochs this is; all of them when omitted. Parts share one learning rate
-            schedule and draw different crops.
 
     Returns:
         The weights file.
@@ -330,21 +298,13 @@ def train_teacher(
     }
     if public is not None:
         override["public"] = public
-    generation = Generation() if generation is None else generation
     if site.privacy_mode == "dp-sgd":
         if data is not None:
             raise SettingsError(f"{site.site_name}: a private training uses the site's own patients, and no others")
-        if start is not None or generation.of > 1:
-            raise SettingsError(
-                f"{site.site_name}: trains privately, from the public prior and once; each further generation would be "
-                f"charged like the first. Leave out --start and --generation"
-            )
         own = {} if gate is None else {"gate": gate}
         _run_bundle("train_private", {**override, **own, "site": site, "on_step": on_step})
     else:
-        first, last = generation.share(site.epochs)
-        part = {"start": str(start or ""), "first_epoch": first, "epochs": last - first, "all_epochs": site.epochs}
-        _run_bundle("train", {**override, **part, "kind": kind, "trained_on": trained_on, "on_epoch": on_epoch})
+        _run_bundle("train", {**override, "kind": kind, "trained_on": trained_on, "on_epoch": on_epoch})
     return path
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fediod_med.comparison.averaging import serialised_bytes
 from fediod_med.comparison.bench import Bench
-from fediod_med.comparison.generations import distil_generations
+from fediod_med.comparison.generations import distil_generations, shares
 from fediod_med.comparison.local import open_client
 from fediod_med.comparison.profiles import get_profile
 from fediod_med.comparison.run import make_plan
@@ -126,7 +129,7 @@ def test_one_generation_is_local_training_and_one_distillation(bench: Bench) -> 
 def test_more_generations_than_rounds_or_steps_are_refused(bench: Bench, generations: int) -> None:
     clients = {name: Diary(move=0.0) for name in bench.plan.site_names}
     rounds = 2 if generations == 3 else 20
-    with pytest.raises(SettingsError, match="generation: expected"):
+    with pytest.raises(SettingsError, match="generations: expected 1 to"):
         distil_generations(
             row_of(generations, rounds=rounds), bench.hospitals, clients, bench.sampler,
             start=bench.start(), key="many", roi=SMOKE.roi, seed=0, device=CPU,
@@ -137,3 +140,12 @@ def test_more_generations_than_rounds_or_steps_are_refused(bench: Bench, generat
 def test_draws_of_generations_differ_and_the_first_are_the_samplers_own(bench: Bench) -> None:
     draws = [bench.sampler.reseeded(offset).draw(1, 4).base for offset in (0, 1)]
     assert torch.equal(draws[0], bench.sampler.draw(1, 4).base) and not torch.equal(*draws)
+
+
+@given(st.integers(1, 7), st.integers(0, 400))
+def test_shares_follow_one_another_and_none_is_empty(generations: int, more: int) -> None:
+    parts = shares(generations + more, generations)
+    assert len(parts) == generations and parts[0][0] == 0 and parts[-1][1] == generations + more
+    assert all(before[1] == after[0] for before, after in pairwise(parts))
+    lengths = [last - first for first, last in parts]
+    assert min(lengths) >= 1 and max(lengths) - min(lengths) <= 1

@@ -51,7 +51,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "durable",
         "federation.augmentation",
         "federation.critic_design",
-        "generation",
         "labels",
         "pipeline",
         "plain_yaml",

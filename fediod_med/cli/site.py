@@ -67,13 +67,10 @@ def train(
     spacing: Spacing = None,
     roi: Roi = None,
     epochs: Epochs = None,
-    start: Annotated[Path | None, typer.Option(help="Weights to go on from, such as a central student.")] = None,
-    generation: Annotated[str, typer.Option(help="Which part of the epochs, such as 2/3.")] = "1/1",
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Train the hospital's teacher through its bundle; the weights stay in the site's own folder."""
-    from fediod_med.generation import Generation
     from fediod_med.sites import load_site
     from fediod_med.teacher import train_teacher
 
@@ -85,8 +82,6 @@ def train(
             device=device,
             on_epoch=lambda done, total, loss: progress(f"teacher {hospital}", done, total, f"loss {loss:.3f}"),
             on_step=lambda done, total: progress(f"teacher {hospital}", done, total, "private steps"),
-            start=start,
-            generation=Generation.parse(generation),
         )
     promise = f"Trained privately, epsilon {site.epsilon:g} in all" if site.privacy_mode == "dp-sgd" else "NOT PRIVATE"
     typer.echo(f"Wrote {path}. {promise}: these weights must not leave the hospital.")

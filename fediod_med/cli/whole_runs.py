@@ -105,7 +105,6 @@ def distill(
     compare: Annotated[bool, typer.Option(help="Also train the rows kd_phantoms and pooled.")] = True,
     pool: Annotated[int, typer.Option(help="Public phantoms the centre draws from.")] = 240,
     encoding: Annotated[str, typer.Option(help="Of replies: fp16, or compact (about a fifth of the bytes).")] = "fp16",
-    generations: Annotated[int, typer.Option(min=1, help="How often teachers train on from the student.")] = 1,
     seed: Seed = 0,
     device: Device = "auto",
     resume: Resume = False,
@@ -117,12 +116,10 @@ def distill(
     the work on the student and the generator; the result is that of one process up to rounding.
     """
     import dataclasses
-    from functools import partial
 
     from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule
     from fediod_med.parallel import joined
     from fediod_med.runs.distill import run_distillation
-    from fediod_med.runs.generations import run_generations
     from fediod_med.sites import load_sites
 
     with joined(device) as (workers, own_device):
@@ -134,9 +131,9 @@ def distill(
         js_weight = objective.unique if js_weight is None else js_weight
         objective = dataclasses.replace(objective, divergence=divergence, unique=js_weight)
         with progress_bars(quiet) as progress:
-            one = partial(
-                run_distillation,
+            result = run_distillation(
                 hospitals,
+                out=out,
                 seed=seed,
                 device=own_device,
                 schedule=Schedule(rounds=rounds, batch=batch, student_batch=student_batch, encoding=encoding),
@@ -144,11 +141,12 @@ def distill(
                 objective=objective,
                 pool=pool,
                 teachers=teachers,
+                compare=compare,
+                resume=resume,
                 progress=progress,
                 announce=announce,
                 workers=workers,
             )
-            result = run_generations(one, generations=generations, out=out, compare=compare, resume=resume)
     print_result(result)
     typer.echo(f"Next: fediod segment -i CASE_FOLDER -o out --model {out}")
 

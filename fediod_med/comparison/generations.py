@@ -19,8 +19,10 @@ from torch import nn
 from fediod_med.comparison.averaging import Client, serialised_bytes
 from fediod_med.comparison.students import Distilled, Recipe, distil_row
 from fediod_med.data.sampler import PublicSampler
-from fediod_med.generation import Generation
+from fediod_med.errors import SettingsError
 from fediod_med.hospitals import Hospital
+
+OTHER_DRAWS = 7_919  # between the seeds of the phantoms drawn in two generations
 
 
 def distil_generations(
@@ -54,11 +56,10 @@ def distil_generations(
     Raises:
         SettingsError: fewer generations than 1, or more than there are rounds or local steps.
     """
-    generations = [Generation(number, row.generations) for number in range(1, max(1, row.generations) + 1)]
-    rounds = [generation.share(row.schedule.rounds) for generation in generations]
-    steps = {name: [generation.share(client.steps) for generation in generations] for name, client in clients.items()}
+    rounds = shares(row.schedule.rounds, row.generations)
+    steps = {name: shares(client.steps, row.generations) for name, client in clients.items()}
     student, down, up = copy.deepcopy(start), Counter[str](), Counter[str]()
-    for number, generation in enumerate(generations):
+    for number, (begin, end) in enumerate(rounds):
         taught = []
         for hospital in hospitals:
             name, teacher = hospital.site.site_name, copy.deepcopy(student)
@@ -67,11 +68,10 @@ def distil_generations(
             taught.append(dataclasses.replace(hospital, teacher=teacher.eval()))
         if number:
             down.update(dict.fromkeys(clients, serialised_bytes(student)))
-        first, last = rounds[number]
         found = distil_row(
-            dataclasses.replace(row, schedule=dataclasses.replace(row.schedule, rounds=last - first)),
+            dataclasses.replace(row, schedule=dataclasses.replace(row.schedule, rounds=end - begin)),
             taught,
-            sampler.reseeded(generation.reseed),
+            sampler.reseeded(OTHER_DRAWS * number),
             key=f"{key}-{number}",
             roi=roi,
             seed=seed,
@@ -82,3 +82,14 @@ def distil_generations(
         down.update(found.bytes_down)
         up.update(found.bytes_up)
     return Distilled(student, dict(down), dict(up))
+
+
+def shares(total: int, generations: int) -> list[tuple[int, int]]:
+    """The parts `(first, last)` of `range(total)` that each generation does; together they do it all.
+
+    Raises:
+        SettingsError: fewer than one generation, or more than there is to share.
+    """
+    if not 1 <= generations <= total:
+        raise SettingsError(f"generations: expected 1 to {total} (rounds, and local steps), found {generations}")
+    return [(total * number // generations, total * (number + 1) // generations) for number in range(generations)]

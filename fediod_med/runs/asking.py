@@ -16,7 +16,6 @@ from fediod_med.data.sampler import PublicSampler
 from fediod_med.distillation.loop import distill
 from fediod_med.distillation.state import DistillationState
 from fediod_med.federation.embedded import EmbeddedFederation
-from fediod_med.generation import Generation
 from fediod_med.hospitals import Hospital, announcement, open_federation, open_hospital
 from fediod_med.parallel import Workers
 from fediod_med.privacy.gate import Gate
@@ -60,14 +59,9 @@ def open_hospitals(
     device: str,
     teachers: Path | None,
     sampler: PublicSampler,
-    starts: Mapping[str, Path],
-    generation: Generation,
     progress: Progress,
 ) -> tuple[Hospital, ...]:
-    """The hospitals with their teachers, one after the other; see `hospitals.open_hospital`.
-
-    `starts` has the weights that a hospital's teacher starts from, by name; its own `init` where there are none.
-    """
+    """The hospitals with their teachers, one after the other; see `hospitals.open_hospital`."""
     return tuple(
         open_hospital(
             site,
@@ -79,8 +73,6 @@ def open_hospitals(
             sampler=sampler,
             on_epoch=on_epoch(progress, f"teacher {site.site_name}", private=site.private),
             on_step=on_step(progress, f"teacher {site.site_name}"),
-            start=starts.get(site.site_name),
-            generation=generation,
         )
         for site, gate in zip(sites, gates, strict=True)
     )

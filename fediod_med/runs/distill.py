@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,11 @@ from typing import Any
 
 from fediod_med.baselines import network_predictor, prepare
 from fediod_med.checkpoints import load_segmenter, save_weights
-from fediod_med.data.sampler import PublicSampler
 from fediod_med.devices import pick_device
 from fediod_med.distillation.loop import distill
 from fediod_med.distillation.settings import GeneratorObjective, Schedule
 from fediod_med.evaluation import write_scores
 from fediod_med.export import write_central_bundle
-from fediod_med.generation import Generation
 from fediod_med.hospitals import copy_ledger, privacy_record
 from fediod_med.inference import privacy_banner
 from fediod_med.parallel import ALONE, Workers
@@ -27,17 +24,8 @@ from fediod_med.records import write_json
 from fediod_med.resources import NOT_FOR_CLINICAL_USE, public_prior
 from fediod_med.runs.asking import announce_costs, distil_student, open_hospitals, witness
 from fediod_med.runs.distilled import Distilled
-from fediod_med.runs.earlier import Earlier, total_bytes
 from fediod_med.runs.figures import write_run_figures
-from fediod_med.runs.plan import (
-    PHANTOMS_RUN,
-    STUDENT_RUN,
-    RunPlan,
-    agreed_grid,
-    default_objective,
-    require_generation,
-    require_mode,
-)
+from fediod_med.runs.plan import PHANTOMS_RUN, STUDENT_RUN, RunPlan, agreed_grid, default_objective, require_mode
 from fediod_med.runs.records import claim, distillation_record, run_summary, student_provenance
 from fediod_med.runs.scoring import cases_of, pooled_network, row_predictors, score_rows
 from fediod_med.runs.stages import Clock
@@ -56,13 +44,11 @@ class RunResult:
         out: the run folder.
         summary: the content of `summary.json`.
         bundle: the central bundle.
-        public: the phantoms that the centre drew from.
     """
 
     out: Path
     summary: Mapping[str, Any]
     bundle: Path
-    public: PublicSampler
 
 
 def run_distillation(
@@ -82,9 +68,6 @@ def run_distillation(
     progress: Progress = silent,
     announce: Callable[[str], None] = logger.info,
     workers: Workers = ALONE,
-    public: PublicSampler | None = None,
-    generation: Generation | None = None,
-    earlier: Earlier | None = None,
 ) -> RunResult:
     """Distil one student from several hospitals in one process, and write the run folder.
 
@@ -107,9 +90,6 @@ def run_distillation(
         progress: see `Progress`.
         announce: receives what each hospital's privacy will cost, before anything is trained or asked.
         workers: processes that share the generator's and the student's work; they part after the last distillation.
-        public: the phantoms that the centre draws from, of an earlier generation; made here when omitted.
-        generation: which of several this run is; it does its share of the local epochs and of the rounds.
-        earlier: what the generation before left.
 
     Raises:
         SettingsError: hospitals or options do not fit together, or the folder is in use.
@@ -121,9 +101,6 @@ def run_distillation(
     check_disjoint(sites)
     schedule = Schedule() if schedule is None else schedule
     workers.require(schedule.student_batch, option="--student-batch")
-    generation = Generation() if generation is None else generation
-    require_generation(generation, sites, schedule, given=teachers is not None, processes=workers.size)
-    first, last = generation.share(schedule.rounds)
     plan = RunPlan(
         run_id=claim(out, resume=resume),
         spacing=spacing,
@@ -131,11 +108,9 @@ def run_distillation(
         seed=seed,
         mode=mode,
         pool=pool,
-        schedule=dataclasses.replace(schedule, rounds=last - first),
+        schedule=schedule,
         objective=default_objective(mode) if objective is None else objective,
         compare=compare,
-        start="" if earlier is None else str(earlier.student),
-        generation=generation,
     )
     where = pick_device(device)
     clock = Clock()
@@ -146,19 +121,10 @@ def run_distillation(
 
     workers.led(plan.plain)  # the others make the public phantoms meanwhile, which is cheaper than to send them
     with clock("phantoms"):
-        sampler = plan.sampler(progress) if public is None else public
+        sampler = plan.sampler(progress)
     with clock("teachers"):
         hospitals = open_hospitals(
-            sites,
-            gates,
-            out=out,
-            seed=seed,
-            device=device,
-            teachers=teachers,
-            sampler=sampler,
-            starts={} if earlier is None else earlier.starts(sites),
-            generation=generation,
-            progress=progress,
+            sites, gates, out=out, seed=seed, device=device, teachers=teachers, sampler=sampler, progress=progress
         )
     distil = partial(
         distil_student,
@@ -187,7 +153,7 @@ def run_distillation(
         student=student,
         phantom_student=phantom_student,
         privacy={hospital.site.site_name: privacy_record(hospital) for hospital in hospitals},
-        sent=total_bytes(federation, earlier),
+        sent={"down": federation.bytes_down, "up": federation.bytes_up},
         data_name=data_name,
     )
     return _finish(done, out=out, device=device, processes=workers.size, clock=clock, progress=progress)
@@ -259,4 +225,4 @@ def _finish(done: Distilled, *, out: Path, device: str, processes: int, clock: C
     write_json(out / "summary.json", summary)
     record = distillation_record(done, held_out, device=str(where), processes=processes, seconds=clock.seconds)
     write_json(out / "run.json", record)
-    return RunResult(out, summary, bundle, done.sampler)
+    return RunResult(out, summary, bundle)

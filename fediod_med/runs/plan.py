@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +12,11 @@ import torch
 from fediod_med.data.sampler import PublicSampler
 from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule
 from fediod_med.errors import SettingsError
-from fediod_med.generation import Generation
 from fediod_med.networks import STUDENT, Generator, build_segmenter
 from fediod_med.progress import Progress
 from fediod_med.runs.stages import on_count
 from fediod_med.sites import Site
-from fediod_med.teacher import start_network
+from fediod_med.teacher import warm_start
 
 MODES = ("conditional", "unconditional")
 STUDENT_RUN, PHANTOMS_RUN = "student", "kd-phantoms"
@@ -37,8 +36,6 @@ class RunPlan:
         schedule: rounds, steps and rates.
         objective: terms of the generator.
         compare: whether a student of phantoms alone is distilled too.
-        start: weights file that students start from; the public prior when empty.
-        generation: of several that share the rounds; the schedule holds this one's.
     """
 
     run_id: str
@@ -50,8 +47,6 @@ class RunPlan:
     schedule: Schedule
     objective: GeneratorObjective
     compare: bool
-    start: str = ""
-    generation: Generation = field(default_factory=Generation)
 
     def plain(self) -> dict[str, Any]:
         """As plain values; `of` reads them."""
@@ -65,7 +60,6 @@ class RunPlan:
                 **plain,
                 "schedule": Schedule(**plain["schedule"]),
                 "objective": GeneratorObjective(**plain["objective"]),
-                "generation": Generation(**plain["generation"]),
             }
         )
 
@@ -93,9 +87,8 @@ class RunPlan:
         torch.manual_seed(self.seed)
         generator = Generator(self.mode, size=self.roi) if student == STUDENT_RUN else None
         torch.manual_seed(self.seed)
-        sampler = sampler.reseeded(self.generation.reseed)
         return {
-            "student": start_network(build_segmenter(**STUDENT), start=self.start, init="auto", spec=STUDENT),
+            "student": warm_start(build_segmenter(**STUDENT), init="auto", spec=STUDENT),
             "generator": generator,
             "sampler": sampler if generator is None or generator.mode == "conditional" else None,
             "objective": self.objective,
@@ -110,35 +103,6 @@ def require_mode(mode: str) -> None:
     """Refuse a mode that no generator has; `SettingsError`."""
     if mode not in MODES:
         raise SettingsError(f"mode: expected {' or '.join(MODES)}, found {mode!r}")
-
-
-def require_generation(
-    generation: Generation, sites: Sequence[Site], schedule: Schedule, *, given: bool, processes: int
-) -> None:
-    """Refuse, as `SettingsError`, what one of several generations cannot do.
-
-    Args:
-        generation: asked for.
-        sites: hospitals.
-        schedule: of all generations together.
-        given: whether trained teachers are given.
-        processes: that share the work.
-    """
-    if generation.of == 1:
-        return
-    if private := [site.site_name for site in sites if site.private]:
-        raise SettingsError(
-            f"--generations {generation.of}: {', '.join(private)} promises privacy, and a training is charged in full "
-            f"each time; use --generations 1"
-        )
-    if given or processes > 1:
-        raise SettingsError(
-            f"--generations {generation.of}: expected one process, and no --teachers, because each generation trains "
-            f"them; found {processes}, and {'some' if given else 'none'}"
-        )
-    generation.share(schedule.rounds)
-    for site in sites:
-        generation.share(site.epochs)
 
 
 def agreed_grid(sites: Sequence[Site]) -> tuple[float, int]:

@@ -67,12 +67,7 @@ def student_provenance(done: Distilled) -> Provenance:
         privacy=done.privacy,
         trained_on=f"synthetic volumes, answered by teachers trained on {done.data_name}",
         seed=plan.seed,
-        settings={
-            "roi": plan.roi,
-            "rounds": plan.schedule.rounds,
-            "student_steps": plan.schedule.student_steps,
-            "generation": str(plan.generation),
-        },
+        settings={"roi": plan.roi, "rounds": plan.schedule.rounds, "student_steps": plan.schedule.student_steps},
         commit=current_commit(),
     )
 
@@ -107,7 +102,6 @@ def run_summary(
         "seed": seed,
         "mode": plan.mode,
         "rounds": plan.schedule.rounds,
-        "generation": str(plan.generation),
         "objective": dataclasses.asdict(plan.objective),
         "held_out": {site.site_name: f"fold {site.fold} of {site.folds}" for site in done.sites},
         "rows": rows,
@@ -153,7 +147,6 @@ def distillation_record(
             "processes": processes,
             "mode": plan.mode,
             "pool": plan.pool,
-            "generation": str(plan.generation),
             "schedule": dataclasses.asdict(plan.schedule),
             "objective": dataclasses.asdict(plan.objective),
             "sites": {site.site_name: _plain(site) for site in done.sites},
