@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,15 @@ CPU = torch.device("cpu")
 SPACING = 8.0
 GRID = Grid((24, 24, 24), SPACING)
 NETWORK: dict[str, Any] = {"backbone": "unet", "width": 8, "depth": 3, "in_channels": 4, "out_channels": 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from a second thread, and wait for it where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def phantom_site(folder: Path, name: str, *, patients: int, seed: int) -> Site:
