@@ -103,7 +103,8 @@ def learn_weights(log_weights: Tensor, probs: Tensor, classes: Tensor, counts: T
         step: size of the step.
 
     Returns:
-        `(K, C)`, mean 0 over hospitals, for `merge(..., competence=result.exp())`.
+        `(K, C)` for `merge(..., competence=result.exp())`, with the mean over hospitals that it came with, so that
+        those which did not answer keep their place.
     """
     theta = log_weights.detach().clone().requires_grad_(True)
     truth = one_hot(classes.long(), probs.shape[2]).movedim(-1, 1).to(probs)
@@ -111,7 +112,7 @@ def learn_weights(log_weights: Tensor, probs: Tensor, classes: Tensor, counts: T
     loss = transfer_divergence(truth, q.clamp_min(PROBABILITY_FLOOR).log()) + soft_dice(q, truth)
     (gradient,) = torch.autograd.grad(loss, theta)
     moved = log_weights - step * gradient.to(log_weights)
-    return moved - moved.mean(dim=0)
+    return moved - (moved - log_weights).mean(dim=0)
 
 
 def merge(

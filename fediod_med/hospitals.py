@@ -176,7 +176,7 @@ def open_node(
     """What answers for one hospital in one run; with `adversarial`, its discriminator is paid for where that is due.
 
     With `joins_late`, a hospital that a run has not reached before may begin with any round. `design` is of its
-    discriminator, the plain one when omitted.
+    discriminator, the plain one when omitted; without `adversarial` there is none, and it is not looked at.
 
     Raises:
         PrivacyError: a private hospital with another design than the plain one.

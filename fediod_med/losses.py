@@ -61,7 +61,7 @@ def gradient_penalty(scores: Tensor, x: Tensor) -> Tensor:
     """Mean over volumes of `|grad_x score|^2`, itself differentiable (R1; Mescheder et al. 2018, arXiv 1801.04406).
 
     Args:
-        scores: `(B,)`, one number for each volume, of which it alone depends.
+        scores: `(B,)`, one number for each volume, which depends on its own volume alone.
         x: `(B, ...)`, what they were computed from, with a graph between.
     """
     (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=True)

@@ -59,6 +59,10 @@ SCENARIOS: Mapping[str, Mapping[str, Any]] = {
         "objective": PAPER_OBJECTIVE,
     },
     "phantoms": {"schedule": ONE_STEP, "mode": None},
+    "chosen": {
+        "schedule": replace(WHOLE, rounds=10, phantom_share=0.5, selection=True),
+        "objective": replace(GeneratorObjective(), learned=1.0),
+    },
 }
 """What both one process and two run, by name."""
 REFUSALS: Mapping[str, Mapping[str, Any]] = {

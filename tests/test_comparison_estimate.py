@@ -7,7 +7,15 @@ import dataclasses
 import pytest
 
 from fediod_med.comparison.cells import Cell
-from fediod_med.comparison.estimate import Load, estimate, in_order, scan_windows, task_loads, wall_seconds
+from fediod_med.comparison.estimate import (
+    OPENING_SECONDS,
+    Load,
+    estimate,
+    in_order,
+    scan_windows,
+    task_loads,
+    wall_seconds,
+)
 from fediod_med.comparison.order import chains, longest_first
 from fediod_med.comparison.plan import Plan
 from fediod_med.comparison.profiles import get_profile
@@ -114,14 +122,25 @@ def make_plan_rows(plan: Plan) -> tuple[str, ...]:
     return make_plan(plan.sites, out=plan.out, profile=plan.profile, folds=2, seeds=[0], rows=CENTRAL).rows
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_row_is_counted_by_its_own_schedule(plan, gpu) -> None:
+    """A round for each student step: the questions of `ours` so many times, the student's work the same."""
+    rows = ("ours", "ours_with_rounds", "prior")
+    loads = task_loads(plan, [Task(row, "row", plan.cells[0], subject=row) for row in rows], second=1.0, gpu=gpu)
+    schedule, profile = recipe("ours", plan.profile).schedule, plan.profile
+    ours, more, _ = ((load.gpu if gpu else load.core) for load in (loads[row] for row in rows))
+    questions = (more - ours) / (profile.student_steps - 1)  # of the rounds of `ours`
+    student = profile.rounds * profile.student_steps * schedule.student_batch
+    rest = ours - questions - student
+    scans = loads["prior"].gpu if gpu else loads["prior"].core
+    assert questions > 0 and rest == pytest.approx(scans if gpu else scans + OPENING_SECONDS)
+
+
 def test_a_dearer_discriminator_makes_a_longer_row(plan) -> None:
-    rows = ("ours", "ours_with_spectral", "ours_with_penalty", "ours_with_joint")
+    rows = ("ours", "ours_with_spectral", "ours_with_scales", "ours_with_penalty", "ours_with_joint")
     loads = task_loads(plan, [Task(row, "row", plan.cells[0], subject=row) for row in rows], second=1.0, gpu=False)
-    plain, spectral, penalty, joint = (loads[row].core for row in rows)
-    judged = plan.profile.rounds * recipe("ours", plan.profile).schedule.batch * len(plan.sites)
-    assert [spectral - plain, penalty - plain, joint - plain] == pytest.approx(
-        [0.1 * judged, 1.4 * judged, 2.7 * judged]
-    )
+    costs = [loads[row].core for row in rows]
+    assert costs == sorted(costs) and len({*costs}) == len(costs)
 
 
 def test_windows_over_a_head() -> None:

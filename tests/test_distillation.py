@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fediod_med.checkpoints import load_state
+from fediod_med.checkpoints import load_state, save_state
 from fediod_med.data.phantoms import Grid, load_anatomy
 from fediod_med.data.sampler import PublicBatch, PublicSampler, upright
 from fediod_med.distillation import learning
@@ -881,21 +881,38 @@ def test_the_selected_student_is_the_one_that_agrees_best_with_answers_it_never_
     assert float(loss) == pytest.approx(min(judged.values()), rel=1e-4)
 
 
+def test_a_checkpoint_from_before_selection_and_learned_weights_is_continued(bench: Bench) -> None:
+    whole = bench.distill()
+    checkpoint = bench.folder / "centre.pt"
+    with pytest.raises(InterruptedRunError):
+        bench.distill(checkpoint=checkpoint, on_round=interrupt_after(3))
+    state = load_state(checkpoint)
+    save_state(checkpoint, {k: v for k, v in state.items() if k not in ("log_weights", "held_out", "best")})
+    assert equal_states(whole, bench.distill(checkpoint=checkpoint, resume=True))
+
+
 def test_what_is_held_out_is_every_fifth_round_of_the_first_half() -> None:
     schedule = replace(SHORT, rounds=40, selection=True)
     assert [n for n in range(1, 41) if is_held_out(n, schedule)] == [5, 10, 15, 20]
     assert not any(is_held_out(n, replace(schedule, selection=False)) for n in range(1, 41))
 
 
-def test_a_hospital_that_did_not_answer_keeps_its_learned_weights(bench: Bench, sampler: PublicSampler) -> None:
+def test_a_hospital_that_did_not_answer_keeps_its_place_among_the_learned_weights(
+    bench: Bench, sampler: PublicSampler
+) -> None:
+    """Two of three answer, and alike: nothing is learned, so nothing moves. Unlike answers move those two alone."""
     state = bench.distill(schedule=replace(SHORT, rounds=1))
-    state.log_weights = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.0, 0.0, 0.0, 0.0], [-0.1, -0.2, -0.3, -0.4]])
-    before = state.log_weights.clone()
+    before = torch.tensor([[2.0] * 4, [-1.0] * 4, [-1.0] * 4])
     public = sampler.draw(1, 2)
     probs = torch.rand((2, 2, 4, *public.classes.shape[1:]), generator=torch.Generator().manual_seed(0))
     probs = probs / probs.sum(dim=2, keepdim=True)
-    learn_log_weights(state, probs, public, torch.ones(2, 4), [0, 2], 3, step=1.0)
-    assert torch.equal(state.log_weights[1], before[1]) and not torch.equal(state.log_weights[0], before[0])
+    alike = probs[:1].expand(2, *probs.shape[1:])
+    for answers, same in ((alike, True), (probs, False)):
+        state.log_weights = before.clone()
+        learn_log_weights(state, answers, public, torch.ones(2, 4), [0, 1], 3, step=1.0)
+        assert torch.equal(state.log_weights[2], before[2])
+        assert torch.allclose(state.log_weights[:2].mean(dim=0), before[:2].mean(dim=0), atol=1e-6)
+        assert torch.allclose(state.log_weights, before, atol=1e-6) == same
 
 
 @pytest.mark.parametrize(
@@ -904,8 +921,9 @@ def test_a_hospital_that_did_not_answer_keeps_its_learned_weights(bench: Bench, 
         {"schedule": replace(SHORT, candidates=0)},
         {"objective": replace(GeneratorObjective(), entropy=-1.0)},
         {"objective": replace(GeneratorObjective(), learned=-1.0)},
+        {"schedule": replace(SHORT, rounds=9, selection=True)},
     ],
 )
 def test_impossible_additions_are_refused(bench: Bench, changes: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError, match=r"candidates|entropy|learned"):
+    with pytest.raises(SettingsError, match=r"candidates|entropy|learned|selection"):
         bench.distill(**changes)

@@ -137,6 +137,14 @@ def test_two_processes_end_with_the_student_and_generator_of_one(pair: Pair) -> 
     assert apart(answers(pair.alone["one-step"], pair.sampler), answers(pair.first["whole"], pair.sampler)) > 0.01
 
 
+def test_two_processes_select_the_student_and_learn_the_weights_of_one(pair: Pair) -> None:
+    alone, first = (found["chosen"]["state"] for found in (pair.alone, pair.first))
+    assert first["best"]["round"] == alone["best"]["round"]
+    assert first["best"]["loss"] == pytest.approx(alone["best"]["loss"], rel=1e-3)
+    assert alone["log_weights"].abs().max() > 1e-3
+    assert torch.allclose(first["log_weights"], alone["log_weights"], atol=1e-4)
+
+
 def test_both_processes_hold_the_same_to_the_last_bit(pair: Pair) -> None:
     """They started from different weights; all that a checkpoint holds is the first's."""
     for name in (*SCENARIOS, "resumed"):

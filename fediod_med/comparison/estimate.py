@@ -163,16 +163,17 @@ def _passes(plan: Plan, task: Task, *, crop: float, scans: float) -> float:
         return local + scans
     if task.subject in DISTILLED:
         row = recipe(task.subject, profile)
-        judged = profile.rounds if row.generator is not None and row.objective.needs_discriminators else 0
+        rounds = row.schedule.rounds
+        judged = rounds if row.generator is not None and row.objective.needs_discriminators else 0
         images = MIRRORS if row.schedule.mirrored else 1
-        asked = _asked(task, profile)
-        exchange = images * (ANSWER_PASSES * profile.rounds + EXCHANGE_PASSES * asked) + _critic_passes(row) * judged
+        asked = _asked(row)
+        exchange = images * (ANSWER_PASSES * rounds + EXCHANGE_PASSES * asked) + _critic_passes(row) * judged
         exchange *= row.schedule.batch * hospitals
         if row.schedule.candidates > 1:
-            exchange += ANSWER_PASSES * profile.rounds * row.schedule.batch * row.schedule.candidates
+            exchange += ANSWER_PASSES * rounds * row.schedule.batch * row.schedule.candidates
         if row.generations > 1:
             exchange += local
-        return exchange + profile.rounds * profile.student_steps * row.schedule.student_batch + scans
+        return exchange + rounds * row.schedule.student_steps * row.schedule.student_batch + scans
     return scans
 
 
@@ -209,9 +210,9 @@ def _core_seconds(plan: Plan, task: Task, patients: Mapping[str, int]) -> float:
         row = recipe(task.subject, profile)
         trip = row.schedule.batch * window * TRIP_SECONDS
         judged = CRITIC_SECONDS if row.generator is not None and row.objective.needs_discriminators else 0.0
-        asked = profile.rounds * (trip + ANSWER_SECONDS + judged) + _asked(task, profile) * (trip + PULL_SECONDS)
+        asked = row.schedule.rounds * (trip + ANSWER_SECONDS + judged) + _asked(row) * (trip + PULL_SECONDS)
         step = STUDENT_STEP_SECONDS + row.schedule.student_batch * window * STUDENT_SECONDS
-        learned = profile.rounds * profile.student_steps * step + (crops if row.generations > 1 else 0.0)
+        learned = row.schedule.rounds * row.schedule.student_steps * step + (crops if row.generations > 1 else 0.0)
         return train * read + hospitals * asked + learned + scored
     return (train * read if task.subject == "one_shot" else 0.0) + scored
 
@@ -221,12 +222,11 @@ def _crops(plan: Plan) -> int:
     return sum(site.epochs * site.steps_per_epoch for site in plan.sites) * plan.sites[0].batch_size
 
 
-def _asked(task: Task, profile: Profile) -> int:
+def _asked(row: Recipe) -> int:
     """Rounds of a distilled row that ask about the generator's volumes."""
-    row = recipe(task.subject, profile)
     if row.generator is None:
         return 0
-    return generator_rounds(row.schedule) if row.generator == "conditional" else profile.rounds
+    return generator_rounds(row.schedule) if row.generator == "conditional" else row.schedule.rounds
 
 
 def _duration(seconds: float) -> str:

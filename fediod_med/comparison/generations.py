@@ -2,8 +2,10 @@
 
 The idea of federated averaging, whose gain over one average comes from training on after averaging, without its price:
 the centre's student goes down, and no weight of a hospital comes up. Local steps and student updates are those of one
-generation, cut into parts. Distillation in place of averaging: FedDF (Lin et al. 2020, arXiv 2006.07242), which has
-weights come up.
+generation, cut into parts. Each generation is a distillation of its own: generator, discriminators, replay, weights by
+Dice and the student's learning rate begin anew, and the centre's noise is the same; the phantoms are others. Teachers
+have the student's network here, whatever `--teachers` says. Distillation in place of averaging: FedDF (Lin et al.
+2020, arXiv 2006.07242), which has weights come up.
 """
 
 from __future__ import annotations

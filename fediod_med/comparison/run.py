@@ -66,7 +66,7 @@ def make_plan(
         profile: sizes.
         folds: every hospital's patients are cut into so many parts; each is tested once per seed.
         seeds: repetitions.
-        rows: keys or patterns; all rows when empty.
+        rows: keys or patterns; when empty, all but `ours_with_*` and `*_generations`.
         teachers: `shared` or `as-sites`.
         data_name: `patients` or `phantoms`.
 

@@ -19,7 +19,7 @@ from fediod_med.comparison.rows import DISTILLED, IN_GENERATIONS, OURS, WITH, WI
 from fediod_med.data.sampler import PublicBatch, PublicSampler, pad_to
 from fediod_med.distillation.learning import REHEARSAL_DRAWS
 from fediod_med.distillation.loop import distill
-from fediod_med.distillation.settings import PAPER_OBJECTIVE, GeneratorObjective, Schedule
+from fediod_med.distillation.settings import HELD_OUT_EVERY, PAPER_OBJECTIVE, GeneratorObjective, Schedule
 from fediod_med.encodings import FP16
 from fediod_med.errors import SettingsError
 from fediod_med.federation.critic_design import CriticDesign
@@ -289,7 +289,7 @@ def _with(ours: Recipe, part: str, *, values: int) -> Recipe:
         "mirrors": {"mirrored": True},
         "search": {"candidates": 4},
         "mixup": {"mixup": True},
-        "selection": {"selection": True},
+        "selection": {"selection": ours.schedule.rounds >= 2 * HELD_OUT_EVERY},  # a smoke run is shorter
         "rounds": {"rounds": ours.schedule.rounds * ours.schedule.student_steps, "student_steps": 1},
     }
     return dataclasses.replace(ours, schedule=dataclasses.replace(ours.schedule, **changed[part]))

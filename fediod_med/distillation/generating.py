@@ -113,7 +113,8 @@ def learn_log_weights(
 def competence_of(state: DistillationState, objective: GeneratorObjective, present: list[int]) -> Tensor | None:
     """Weights `(K, C)` of the answering hospitals by their Dice on phantoms, as learned there, or both multiplied.
 
-    None before each of them has answered about a phantom.
+    None before each of them has answered about a phantom; learned weights count from anybody's first answer, with the
+    others at weight 1.
     """
     measured = learned = None
     if objective.competence and state.dice is not None and not bool(state.dice[present].isnan().any()):

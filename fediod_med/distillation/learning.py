@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fediod_med.data.sampler import PublicBatch, PublicSampler
 from fediod_med.data.transforms import flip_together, jitter, mix_pairs
 from fediod_med.devices import autocast_over
-from fediod_med.distillation.settings import Schedule
+from fediod_med.distillation.settings import HELD_OUT_EVERY, Schedule
 from fediod_med.distillation.state import DistillationState
 from fediod_med.losses import (
     soft_dice,
@@ -21,7 +21,6 @@ from fediod_med.networks import one_hot
 from fediod_med.parallel import Workers
 
 CLASSES = 4
-HELD_OUT_EVERY = 5  # rounds
 REHEARSAL_DRAWS = 20_000_000  # the sampler's draws from here on are the student's own; rounds count from 1
 
 
@@ -46,15 +45,15 @@ def consider(
 ) -> dict[str, float]:
     """Judge the averaged student by the pairs held out, at every eighth of the run from the half on; keep the best.
 
-    The loss is that of its training, `KL(q || S) + soft Dice(S, q)`, mean over the pairs. Nothing is judged where
-    nothing was held out, as in runs of fewer than ten rounds.
+    The loss is that of its training, `KL(q || S) + soft Dice(S, q)`, mean over the pairs. A student with a loss that is
+    no number is never the best.
     """
     eighth = max(1, schedule.rounds // 8)
     due = number == schedule.rounds or (2 * number >= schedule.rounds and number % eighth == 0)
     if not state.held_out or not due:
         return {}
     loss = workers.led(partial(_held_out_loss, state, device))
-    if state.best is None or loss < state.best["loss"]:
+    if math.isfinite(loss) and (state.best is None or loss < state.best["loss"]):
         weights = {name: t.detach().cpu().clone() for name, t in state.student_average.module.state_dict().items()}
         state.best = {"loss": loss, "round": number, "weights": weights}
     return {"held_out": loss}

@@ -11,6 +11,8 @@ from fediod_med.errors import SettingsError
 from fediod_med.losses import DIVERGENCES
 from fediod_med.networks import Generator
 
+HELD_OUT_EVERY = 5  # rounds: of the first half, each such one is held out to select the student by
+
 
 @dataclass(frozen=True)
 class GeneratorObjective:
@@ -163,6 +165,11 @@ def check_settings(
         raise SettingsError(
             f"distillation: expected a rehearsal that leaves at least one of {schedule.student_batch} volumes of a "
             f"batch to the replay buffer, found {schedule.rehearsal}"
+        )
+    if schedule.selection and schedule.rounds < 2 * HELD_OUT_EVERY:
+        raise SettingsError(
+            f"distillation: expected {2 * HELD_OUT_EVERY} rounds or more with selection, so that an answer is held "
+            f"out, found {schedule.rounds}; raise the rounds, or leave selection out"
         )
     if schedule.encoding not in ENCODINGS:
         raise SettingsError(f"distillation: expected encoding {' or '.join(ENCODINGS)}, found {schedule.encoding!r}")

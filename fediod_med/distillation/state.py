@@ -83,9 +83,9 @@ class DistillationState:
         self.replay.extend(state["replay"])
         self.counts = state["counts"]
         self.dice = state["dice"]
-        self.log_weights = state["log_weights"]
-        self.held_out = state["held_out"]
-        self.best = state["best"]
+        self.log_weights = state.get("log_weights")  # older checkpoints have none of these three
+        self.held_out = state.get("held_out", [])
+        self.best = state.get("best")
         self.round = state["round"]
         self.history = state["history"]
 

@@ -9,7 +9,10 @@ from fediod_med.errors import SettingsError
 
 @dataclass(frozen=True)
 class CriticDesign:
-    """Design of a discriminator without privacy; by default the plain one. The parts can be combined.
+    """Design of a discriminator without privacy; by default the plain one.
+
+    The parts can be combined; the penalty is then of what the discriminator sees, augmented and with the teacher's
+    answer as an input of its own.
 
     A private discriminator is always the plain one: per-patient clipping bounds what a patient can change in one
     network that sees one patient's patches by themselves, and was analysed for that network alone.

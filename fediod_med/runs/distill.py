@@ -23,8 +23,8 @@ from fediod_med.progress import Progress, silent
 from fediod_med.records import write_json
 from fediod_med.resources import NOT_FOR_CLINICAL_USE, public_prior
 from fediod_med.runs.asking import announce_costs, distil_student, open_hospitals, witness
-from fediod_med.runs.distilled import Distilled
 from fediod_med.runs.figures import write_run_figures
+from fediod_med.runs.finished import FinishedRun
 from fediod_med.runs.plan import PHANTOMS_RUN, STUDENT_RUN, RunPlan, agreed_grid, default_objective, require_mode
 from fediod_med.runs.records import claim, distillation_record, run_summary, student_provenance
 from fediod_med.runs.scoring import cases_of, pooled_network, row_predictors, score_rows
@@ -145,7 +145,7 @@ def run_distillation(
             phantom_student, _ = distil(PHANTOMS_RUN)
     workers.leave()
     # Nothing is asked of a hospital any more: what stands in the ledgers now is what the run has cost.
-    done = Distilled(
+    done = FinishedRun(
         plan=plan,
         sites=tuple(sites),
         hospitals=hospitals,
@@ -176,7 +176,9 @@ def assist_distillation(workers: Workers, *, device: str = "auto") -> None:
     workers.leave()
 
 
-def _finish(done: Distilled, *, out: Path, device: str, processes: int, clock: Clock, progress: Progress) -> RunResult:
+def _finish(
+    done: FinishedRun, *, out: Path, device: str, processes: int, clock: Clock, progress: Progress
+) -> RunResult:
     """Score what was distilled, and write the rest of the run folder; `summary.json` and `run.json` come last."""
     plan, where = done.plan, pick_device(device)
     provenance = student_provenance(done)

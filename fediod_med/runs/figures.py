@@ -11,7 +11,7 @@ import numpy as np
 from fediod_med.data.nifti.reading import read_label, read_subject
 from fediod_med.reporting.run import write_figures
 from fediod_med.reporting.volumes import PanelRow, RoundRow, write_rounds
-from fediod_med.runs.distilled import Distilled
+from fediod_med.runs.finished import FinishedRun
 from fediod_med.runs.scoring import Case, Predictor
 from fediod_med.runs.volumes import Finals
 from fediod_med.snapshots import read_rounds
@@ -19,7 +19,7 @@ from fediod_med.snapshots import read_rounds
 
 def write_run_figures(
     out: Path,
-    done: Distilled,
+    done: FinishedRun,
     *,
     summary: Mapping[str, Any],
     case: Case,
@@ -55,7 +55,7 @@ def write_run_figures(
         )
 
 
-def _panel(done: Distilled, case: Case, predictors: Mapping[str, Predictor], finals: Finals) -> list[PanelRow]:
+def _panel(done: FinishedRun, case: Case, predictors: Mapping[str, Predictor], finals: Finals) -> list[PanelRow]:
     """The real / synthetic / ensemble / student figure."""
     _, subject, scheme = case
     scan = read_subject(subject)
@@ -71,7 +71,7 @@ def _panel(done: Distilled, case: Case, predictors: Mapping[str, Predictor], fin
     ]
 
 
-def _synthetic_row(done: Distilled, finals: Finals) -> PanelRow:
+def _synthetic_row(done: FinishedRun, finals: Finals) -> PanelRow:
     x, public = next(iter(finals.values()))
     spacing = done.plan.spacing
     return PanelRow(

@@ -20,7 +20,7 @@ from fediod_med.privacy.records import Head
 from fediod_med.privacy.statement import run_statement
 from fediod_med.records import run_record, write_json
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
-from fediod_med.runs.distilled import Distilled
+from fediod_med.runs.finished import FinishedRun
 from fediod_med.sites import Site
 
 
@@ -55,7 +55,7 @@ def write_heads(out: Path, federation: EmbeddedFederation) -> None:
         write_json(out / "heads.json", heads)
 
 
-def student_provenance(done: Distilled) -> Provenance:
+def student_provenance(done: FinishedRun) -> Provenance:
     """Where the distilled student's weights come from."""
     plan = done.plan
     return Provenance(
@@ -72,7 +72,7 @@ def student_provenance(done: Distilled) -> Provenance:
     )
 
 
-def privacy_statement(done: Distilled) -> str:
+def privacy_statement(done: FinishedRun) -> str:
     """What the run promises the patients of its hospitals, in words."""
     return run_statement(
         done.privacy,
@@ -82,7 +82,7 @@ def privacy_statement(done: Distilled) -> str:
 
 
 def run_summary(
-    done: Distilled, scores: Mapping[str, list[SubjectScore]], seconds: Mapping[str, float]
+    done: FinishedRun, scores: Mapping[str, list[SubjectScore]], seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     """Everything that `summary.json` holds; `rows.<key>.{TC,WT,ET,mean}` are mean Dice over held-out scans.
 
@@ -120,7 +120,7 @@ def run_summary(
 
 
 def distillation_record(
-    done: Distilled,
+    done: FinishedRun,
     held_out: Sequence[tuple[Site, Subject]],
     *,
     device: str,

@@ -16,7 +16,7 @@ from fediod_med.evaluation import SubjectScore, evaluate_predictor
 from fediod_med.labels import LabelScheme, get_scheme
 from fediod_med.pooled import train_pooled
 from fediod_med.progress import Progress
-from fediod_med.runs.distilled import Distilled
+from fediod_med.runs.finished import FinishedRun
 from fediod_med.runs.stages import on_epoch
 from fediod_med.sites import Site
 
@@ -32,7 +32,7 @@ def cases_of(held_out: Sequence[tuple[Site, Subject]]) -> list[Case]:
 
 
 def row_predictors(
-    done: Distilled, scans: Mapping[str, PreparedScan], *, prior: nn.Module, device: torch.device
+    done: FinishedRun, scans: Mapping[str, PreparedScan], *, prior: nn.Module, device: torch.device
 ) -> dict[str, Predictor]:
     """By key, what each row makes of a scan: hospitals alone, their ensemble, the public prior, the students.
 
@@ -61,10 +61,10 @@ def row_predictors(
     return found
 
 
-def pooled_network(done: Distilled, *, out: Path, device: str, progress: Progress) -> nn.Module:
+def pooled_network(done: FinishedRun, *, out: Path, device: str, progress: Progress) -> nn.Module:
     """All training scans in one place, as many steps as all teachers together: what the hospitals may not do.
 
-    Found in `baselines/pooled` of the run folder, or trained there; on the CPU.
+    Found in `baselines/pooled` of the run folder, or trained there. Returned on the CPU.
     """
     folder = out / "baselines" / "pooled"
     path = weights_path(folder.parent, "pooled")

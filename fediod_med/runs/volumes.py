@@ -14,7 +14,7 @@ from fediod_med.distillation.volumes import asked_volumes, final_volumes
 from fediod_med.hospitals import Hospital
 from fediod_med.records import write_json
 from fediod_med.resources import NOT_FOR_CLINICAL_USE
-from fediod_med.runs.distilled import Distilled
+from fediod_med.runs.finished import FinishedRun
 from fediod_med.runs.records import privacy_statement
 from fediod_med.snapshots import write_final_volumes
 from fediod_med.synthetic_report import MOST_VOLUMES, Judged, quality_report
@@ -25,7 +25,7 @@ Finals = Mapping[str, tuple[Tensor, PublicBatch | None]]
 """Volumes `(4, D, H, W)` by file name, each with the phantom it was made from: a batch of one, or none."""
 
 
-def write_synthetic_volumes(done: Distilled, folder: Path, *, device: torch.device) -> Finals:
+def write_synthetic_volumes(done: FinishedRun, folder: Path, *, device: torch.device) -> Finals:
     """Make the volumes of the final generator and write them to `folder`."""
     plan = done.plan
     made = final_volumes(
@@ -34,7 +34,7 @@ def write_synthetic_volumes(done: Distilled, folder: Path, *, device: torch.devi
     return write_final_volumes(folder, made, spacing=plan.spacing)
 
 
-def write_quality(done: Distilled, finals: Finals, folder: Path, *, prior: nn.Module, device: torch.device) -> Path:
+def write_quality(done: FinishedRun, finals: Finals, folder: Path, *, prior: nn.Module, device: torch.device) -> Path:
     """Write `quality.json`: figures about the volumes that hospitals were asked about, under the run's statement.
 
     Args:

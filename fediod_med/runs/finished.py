@@ -17,7 +17,7 @@ from fediod_med.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
-class Distilled:
+class FinishedRun:
     """A finished distillation.
 
     Attributes:
